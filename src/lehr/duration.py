@@ -1,0 +1,118 @@
+"""Lengths of time with a unit, and the one rule that turns them into whole steps. It knows nothing of schedules or stages."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from typing import Literal
+
+from lehr.errors import DurationError, nearest
+
+Unit = Literal["epochs", "steps", "%"]
+
+_WRITTEN = re.compile(r"([+-]?[0-9_]*\.?[0-9_]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z]*)")
+_UNITS: dict[str, Unit] = {
+    "epochs": "epochs", "epoch": "epochs", "steps": "steps", "step": "steps", "%": "%", "percent": "%",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of time: an exact amount and its unit.
+
+    `"5 epochs"` (a fraction of an epoch is allowed), `"400 steps"` (whole), `"10%"` (of the thing that it is part of, 0 to 100).
+
+    Raises:
+        DurationError: for a bare number, an unknown unit, a negative amount, part of a step, more than 100 %.
+
+    Example:
+        >>> Duration.parse("2.5%")
+        Duration.parse("2.5%")
+        >>> Duration.parse("2 epochs").steps(steps_per_epoch=500)
+        1000
+    """
+
+    amount: Fraction
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str | Duration, *, where: str = "duration") -> Duration:
+        """Read a duration as a person writes it; `where` names the place in the message of an error."""
+        if isinstance(text, Duration):
+            return text
+        if isinstance(text, (int, float)) and not isinstance(text, bool):
+            raise DurationError(
+                f'{where}: {text!r} has no unit; write "{text:g} epochs" or "{text:g} steps", or a share such as "10%"'
+            )
+        found = _WRITTEN.fullmatch(text.strip()) if isinstance(text, str) else None
+        if not found:
+            raise DurationError(
+                f'{where}: {text!r} is not a duration; expected a number and a unit: "5 epochs", "400 steps" or "10%"'
+            )
+        number, unit = found.groups()
+        if not unit:
+            raise DurationError(f'{where}: {text!r} has no unit; write "{number} epochs", "{number} steps" or "{number}%"')
+        if unit.lower() not in _UNITS:
+            raise DurationError(
+                f"{where}: {text!r}: unknown unit {unit!r}{nearest(unit.lower(), _UNITS)} Expected epochs, steps or %"
+            )
+        return cls._checked(Fraction(number.replace("_", "")), _UNITS[unit.lower()], f"{where}: {text!r}")
+
+    @classmethod
+    def _checked(cls, amount: Fraction, unit: Unit, said: str) -> Duration:
+        if amount < 0:
+            raise DurationError(f"{said} is negative; a duration is 0 or more")
+        if unit == "steps" and amount.denominator != 1:
+            raise DurationError(f"{said}: a step is one update and cannot be divided; write a whole number of steps")
+        if unit == "%" and amount > 100:
+            raise DurationError(f"{said} is more than the whole; a share lies between 0% and 100%")
+        return cls(amount, unit)
+
+    def steps(self, *, whole: int | None = None, steps_per_epoch: int | None = None, where: str = "duration") -> int:
+        """The duration in whole steps: exact, then rounded half up, at least one step unless it is 0.
+
+        Args:
+            whole: the steps of the thing that a percentage is part of.
+            steps_per_epoch: updates in one pass over the data.
+            where: the place, for the message of an error.
+
+        Raises:
+            DurationError: where the unit needs a number that is not known there.
+        """
+        if self.unit == "steps":
+            return int(self.amount)
+        if self.unit == "epochs":
+            if steps_per_epoch is None:
+                raise DurationError(f'{where}: "{self}" needs steps_per_epoch, which is not known here; give it, or write steps')
+            exact = self.amount * steps_per_epoch
+        else:
+            if whole is None:
+                raise DurationError(f'{where}: "{self}" is a share of a whole that is not known here; write epochs or steps')
+            exact = self.amount * whole / 100
+        return max(1, floor(exact + Fraction(1, 2))) if self.amount else 0
+
+    def __str__(self) -> str:
+        number = str(self.amount.numerator) if self.amount.denominator == 1 else _decimal(self.amount)
+        if self.unit == "%":
+            return f"{number}%"
+        return f"{number} {self.unit[:-1] if self.amount == 1 else self.unit}"
+
+    def __repr__(self) -> str:
+        return f'Duration.parse("{self}")'
+
+
+def _decimal(amount: Fraction) -> str:
+    """A fraction as an exact decimal; every amount read from a text has one.
+
+    >>> _decimal(Fraction(5, 2))
+    '2.5'
+    """
+    digits = 0
+    while (amount * 10**digits).denominator != 1:
+        digits += 1
+        if digits > 40:
+            return str(float(amount))
+    whole = str(int(amount * 10**digits)).rjust(digits + 1, "0")
+    return f"{whole[:-digits]}.{whole[-digits:]}"

@@ -1,0 +1,76 @@
+"""A plan as a file: canonical JSON, its hash, and a strict reader. It handles plain values and must not know what a plan means."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lehr.errors import RecipeError
+
+FORMAT = 1
+_WITHOUT_EFFECT = ("notes",)
+_LARGEST = 256 * 2**20
+
+
+def content_hash(plain: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of everything that has an effect: sorted keys, shortest floats that round-trip.
+
+    >>> content_hash({"b": 1.0, "a": 2, "notes": ["x"]}) == content_hash({"a": 2, "b": 1.0})
+    True
+    """
+    counted = {key: value for key, value in plain.items() if key not in _WITHOUT_EFFECT}
+    text = json.dumps(_strict(counted), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def dumps(plain: Mapping[str, Any]) -> str:
+    """The file's text: the format, the hash, then the plan."""
+    whole = {"format": FORMAT, "hash": content_hash(plain), **plain}
+    return json.dumps(_strict(whole), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write(path: str | Path, plain: Mapping[str, Any]) -> None:
+    """Write a plan's plain values to `path`."""
+    Path(path).write_text(dumps(plain), encoding="utf-8")
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The plain values of the plan in `path`.
+
+    Raises:
+        RecipeError: where it cannot be read, is of another format, or does not have the hash that it says.
+    """
+    again = "make it again with `lehr plan --json`"
+    try:
+        if Path(path).stat().st_size > _LARGEST:
+            raise RecipeError(f"{path}: larger than {_LARGEST >> 20} MiB, which no plan is; {again}")
+        whole = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise RecipeError(f"{path}: not JSON; {again}") from None
+    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+        raise RecipeError(f"{path}: not a plan of format {FORMAT}; {again}")
+    said = whole.pop("hash", None)
+    del whole["format"]
+    plain: dict[str, Any] = _finite_again(whole)
+    if content_hash(plain) != said:
+        raise RecipeError(f"{path}: its content does not have the hash that it says, so it was changed or damaged; {again}")
+    return plain
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no infinity: it is written as the text "inf"."""
+    if isinstance(value, Mapping):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def _finite_again(plain: dict[str, Any]) -> dict[str, Any]:
+    return {key: math.inf if value == "inf" else value for key, value in plain.items()}

@@ -1,0 +1,115 @@
+"""A plan as a page that a person reads: stages, what trains, rates, unit conversions, notes. Only words; it computes nothing new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lehr.planning import Plan, PlannedStage
+
+
+def plan_text(plan: Plan) -> str:
+    """The page that `print(plan)` shows."""
+    total = sum(plan.parameters.values())
+    settings = "".join(f", {key}={value!r}" for key, value in plan.optimizer_settings.items())
+    head = [
+        f"lehr plan: {plan.model}, {total:,} parameters, {plan.samples:,} training samples",
+        f"{_n(len(plan.stages), 'stage')}, {_n(plan.total_epochs, 'epoch')}, {_n(plan.total_steps, 'step')}; "
+        f"{plan.optimizer}{settings}; seed {plan.seed}; hash {plan.hash[:12]}",
+    ]
+    blocks = ["\n".join(head), _stages(plan, total), _groups(plan), _curves(plan), _rest(plan)]
+    if plan.notes:
+        blocks.append("Notes\n" + "\n".join(f"  - {note}" for note in plan.notes))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _stages(plan: Plan, total: int) -> str:
+    rows = []
+    for stage in plan.stages:
+        trained = sum(plan.parameters[name] for name in plan.trainable(stage))
+        batch = str(stage.batch_size) + (f" x {stage.accumulate}" if stage.accumulate > 1 else "")
+        rows.append(
+            (
+                str(stage.index + 1), stage.label, f"{stage.start:,} to {stage.stop:,}", f"{stage.steps:,}",
+                f"{stage.steps / stage.steps_per_epoch:g}", batch, f"{len(plan.trainable(stage))} tensors",
+                f"{trained:,}", _share(trained, total),
+            )  # fmt: skip
+        )
+    return "Stages\n" + _table(("", "trains", "steps", "count", "epochs", "batch", "tensors", "parameters", "share"), rows, "rlrrrrrrr")
+
+
+def _groups(plan: Plan) -> str:
+    header = ["group", "tensors", "parameters"]
+    for stage in plan.stages:
+        header += [f"{stage.index + 1}: peak", "last", "decay"]
+    rows = []
+    for group, names in plan.groups.items():
+        row = [group, str(len(names)), f"{sum(plan.parameters[n] for n in names):,}"]
+        for stage in plan.stages:
+            frozen = not stage.peak_lr[group]
+            last = plan[stage.stop - 1].lr[group]
+            row += ["frozen", "", ""] if frozen else [_rate(stage.peak_lr[group]), _rate(last), f"{stage.weight_decay[group]:g}"]
+        rows.append(row)
+    return "Groups (peak and last rate in each stage, weight decay)\n" + _table(header, rows, "l" + "r" * (len(header) - 1))
+
+
+def _curves(plan: Plan) -> str:
+    lines = []
+    for stage in plan.stages:
+        parts = ", then ".join(
+            f"{seg.part.shape.name} {_n(seg.stop - seg.start, 'step')} ({_span(stage, seg.start, seg.stop)})" for seg in stage.curve.segments
+        )
+        lines.append(f"  {stage.index + 1}  {stage.schedule}\n     = {parts}; an epoch is {_n(stage.steps_per_epoch, 'step')}")
+    return "Schedules\n" + "\n".join(lines)
+
+
+def _span(stage: PlannedStage, start: int, stop: int) -> str:
+    return f"{stage.start + start:,} to {stage.start + stop:,}"
+
+
+def _rest(plan: Plan) -> str:
+    said = [
+        f"min_lr {plan.min_lr:g}" if plan.min_lr else "",
+        f"gradients clipped at norm {plan.clip_norm:g}" if plan.clip_norm != float("inf") else "",
+        f"moving average of the weights, decay {plan.ema:g}" if plan.ema else "",
+        f"label smoothing {plan.label_smoothing:g}" if plan.label_smoothing else "",
+        f"best by {plan.monitor}" if any(s.restore_best for s in plan.stages) or plan.patience != float("inf") else "",
+        f"restores the best weights after stage {_and(s.index + 1 for s in plan.stages if s.restore_best)}"
+        if any(s.restore_best for s in plan.stages)
+        else "",
+        f"stops after {plan.patience:g} epochs of the last stage without a new best" if plan.patience != float("inf") else "",
+    ]
+    return "\n".join(line[0].upper() + line[1:] for line in said if line)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    """Columns two spaces apart; `align` has "l" or "r" for each."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "  " + "  ".join(cell.ljust(w) if a == "l" else cell.rjust(w) for cell, w, a in zip(row, widths, align, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    return "\n".join(lines)
+
+
+def _rate(value: float) -> str:
+    """A rate with three digits: 1.00e-03.
+
+    >>> _rate(0.001)
+    '1.00e-03'
+    """
+    return f"{value:.2e}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if part * 1000 >= whole or not part else "< 0.1 %"
+
+
+def _n(count: int, word: str) -> str:
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
+
+
+def _and(items: Iterable[object]) -> str:
+    *first, last = map(str, items)
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,367 @@
+"""What a person writes: `Recipe` and `Stage`, frozen and validated, and the strict TOML reader.
+
+A recipe is words: durations keep their units, patterns stay patterns, a percentage stays one. Nothing here knows a model or how
+much data there is; `planning.py` brings them together. Every mistake is a `RecipeError` that names the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomlkit
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from tomlkit.exceptions import TOMLKitError
+
+from lehr.duration import Duration
+from lehr.errors import RecipeError, nearest
+from lehr.notation import read_schedule
+from lehr.schedules import Schedule, cosine, warmup
+
+LrRule = Literal["fixed", "linear"]
+_T = TypeVar("_T")
+_OWN_PLACE = {"lr": "the stage's `lr`", "weight_decay": "the recipe's `weight_decay`", "params": "the stage's `train`"}
+
+
+def _duration(said: object) -> str:
+    """Check a duration; it stays the text that was written."""
+    return str(Duration.parse(said, where="length")) if isinstance(said, Duration) else _checked_text(said)
+
+
+def _checked_text(said: object) -> str:
+    Duration.parse(said, where="duration")  # type: ignore[arg-type]  # refuses everything but text
+    return str(said)
+
+
+def _stage_length(said: str) -> str:
+    length = Duration.parse(said)
+    if length.unit == "%":
+        raise ValueError(f'"{said}" is a share, but of what? A stage\'s length is in "epochs" or "steps"')
+    if not length.amount:
+        raise ValueError(f'"{said}" is no stage at all; leave the stage out, or give it at least one step')
+    return said
+
+
+def _epochs(said: str) -> str:
+    length = Duration.parse(said)
+    if length.unit != "epochs" or length.amount.denominator != 1 or not length.amount:
+        raise ValueError(f'"{said}"; the data are validated once an epoch, so write whole epochs, for example "3 epochs"')
+    return said
+
+
+def _patterns(said: object) -> tuple[str, ...]:
+    listed = (said,) if isinstance(said, str) else said
+    if not isinstance(listed, Sequence) or not all(isinstance(p, str) and p for p in listed):
+        raise ValueError(f'{said!r}; expected a pattern such as "head", or a list of patterns')
+    return tuple(listed)
+
+
+def _trained(said: object) -> tuple[str, ...]:
+    patterns = _patterns(said)
+    if not patterns:
+        raise ValueError('[] trains nothing; name what to train, for example "head" or "all"')
+    return patterns
+
+
+def _rate(said: object) -> float | dict[str, float]:
+    if isinstance(said, Mapping):
+        if not said:
+            raise ValueError("{} gives no rate; write a number, or a rate for each pattern: { head = 1e-3, backbone = 1e-4 }")
+        return {str(pattern): _positive(rate, f"rate of {pattern!r}") for pattern, rate in said.items()}
+    return _positive(said, "rate")
+
+
+def _positive(said: object, what: str) -> float:
+    if isinstance(said, bool) or not isinstance(said, (int, float)) or not 0 < said < float("inf"):
+        raise ValueError(f"{said!r}; expected a {what} above 0, such as 1e-3")
+    return float(said)
+
+
+def _optimizer(said: object) -> str | dict[str, Any]:
+    table = {"name": said} if isinstance(said, str) else said
+    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+        raise ValueError(f'{said!r}; expected a name such as "adamw", or a table {{ name = "sgd", momentum = 0.9 }}')
+    for key, place in _OWN_PLACE.items():
+        if key in table:
+            raise ValueError(f"{key!r} does not stand in the optimizer; it is said in {place}")
+    return said if isinstance(said, str) else dict(table)
+
+
+Length = Annotated[str, PlainValidator(_duration), AfterValidator(_stage_length)]
+Epochs = Annotated[str, PlainValidator(_duration), AfterValidator(_epochs)]
+Patterns = Annotated[str | Sequence[str], PlainValidator(_patterns)]
+Trained = Annotated[str | Sequence[str], PlainValidator(_trained)]
+Rate = Annotated[float | Mapping[str, float], PlainValidator(_rate)]
+OptimizerSaid = Annotated[str | Mapping[str, Any], PlainValidator(_optimizer)]
+ScheduleSaid = Annotated[Schedule, PlainValidator(read_schedule)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
+LayerDecay = Annotated[float, Field(gt=0, le=1, strict=True)]
+_CLOSED = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Stage:
+    """A stretch of the run with one set of trained parameters; what it leaves out it takes from the recipe.
+
+    Args:
+        length: `"5 epochs"` or `"400 steps"`.
+        train: a pattern or a list of patterns (`lehr.selection`): what trains; everything else is frozen.
+        lr: the peak rate, or one for each pattern: `{"head": 1e-3, "backbone": 1e-4}`.
+        schedule: the curve over this stage that multiplies the peak rates.
+        batch_size: samples in a batch, 1 or more.
+        accumulate: batches whose gradients make one step, 1 or more.
+        weight_decay: 0 or more; not applied to what the recipe's `no_decay` names.
+        layer_decay: from 0 (excluded) to 1: rate * layer_decay ** (distance of the layer from the head).
+        restore_best: end the stage with its best weights by `monitor`, and go on from them.
+
+    Raises:
+        RecipeError: for an unknown key or a value that cannot be, naming the key.
+
+    Example:
+        >>> Stage("5 epochs", train="head", lr=1e-3).train
+        ('head',)
+    """
+
+    length: Length
+    _: KW_ONLY
+    train: Trained
+    lr: Rate
+    schedule: ScheduleSaid | None = None
+    batch_size: Count | None = None
+    accumulate: Count | None = None
+    weight_decay: NonNegative | None = None
+    layer_decay: LayerDecay | None = None
+    restore_best: Annotated[bool, Field(strict=True)] | None = None
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Recipe:
+    """A whole fine-tuning, as a person says it. Stages override what is theirs to override.
+
+    Args:
+        stages: one or more `Stage`s, in order.
+        optimizer: the name of a `torch.optim` class in any case, or a table with `name` and the class's own keywords.
+        schedule: the curve of every stage that has none of its own; each stage runs through it from the start.
+        batch_size, accumulate, weight_decay, layer_decay, restore_best: as in `Stage`.
+        no_decay: patterns of parameters that weight decay leaves alone; norms and biases by default.
+        min_lr: an absolute lowest rate: rate = min_lr + (peak - min_lr) * factor; at most the smallest peak.
+        lr_rule: `"fixed"`: rates are as written. `"linear"`: they are meant for the recipe's `batch_size * accumulate`, and a stage
+            with k times as many samples a step gets k times the rate (Goyal et al. 2017).
+        clip_norm: the largest global norm of the gradients; None does not clip.
+        ema: the decay of an exponential moving average of the weights, from 0 (excluded) to 1; it is what is validated and kept.
+        label_smoothing: for the built-in cross-entropy, 0 to 1.
+        seed: of the order of the data, the augmentation, dropout and a new head.
+        monitor: what "best" means: a metric by name such as `"valid_loss"` or `"valid_accuracy"`.
+        patience: stop after so many epochs of the last stage without a new best, `"3 epochs"`; None does not stop early.
+        augment: names of random transforms for image data (see `lehr.data`), in order; None takes the data's default.
+
+    Example:
+        >>> Recipe(stages=[Stage("1 epoch", train="all", lr=1e-3)]).optimizer
+        'adamw'
+    """
+
+    stages: Sequence[Stage]
+    _: KW_ONLY
+    optimizer: OptimizerSaid = "adamw"
+    schedule: ScheduleSaid = warmup("5%") >> cosine()
+    batch_size: Count = 32
+    accumulate: Count = 1
+    weight_decay: NonNegative = 0.0
+    no_decay: Patterns = ("norm", "bias")
+    layer_decay: LayerDecay = 1.0
+    min_lr: NonNegative = 0.0
+    lr_rule: LrRule = "fixed"
+    clip_norm: Positive | None = None
+    ema: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    label_smoothing: Share = 0.0
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    monitor: Annotated[str, Field(min_length=1, strict=True)] = "valid_loss"
+    patience: Epochs | None = None
+    restore_best: Annotated[bool, Field(strict=True)] = False
+    augment: Patterns | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise RecipeError("stages: []; a recipe needs at least one stage, for example Stage('5 epochs', train='head', lr=1e-3)")
+        object.__setattr__(self, "stages", tuple(self.stages))
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer's name as it was written."""
+        return self.optimizer if isinstance(self.optimizer, str) else str(self.optimizer["name"])
+
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """The optimizer's own keywords."""
+        return {} if isinstance(self.optimizer, str) else {k: v for k, v in self.optimizer.items() if k != "name"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is not a default, as plain values in the form that TOML has."""
+        plain = _said(self, Recipe)
+        stages = plain.pop("stages")
+        return {**plain, "stages": [_said(stage, Stage) for stage in stages]}
+
+    def to_toml(self) -> str:
+        """The recipe as TOML; `load_recipe` reads it back as an equal recipe."""
+        return tomlkit.dumps(self.to_dict())
+
+
+def recipe_from(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """A recipe from plain values, as a TOML file holds them.
+
+    Raises:
+        RecipeError: listing everything that is wrong, each with its place below `where`.
+    """
+    try:
+        return _READER.validate_python(dict(table))
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where)) from None
+    except RecipeError as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def load_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a TOML file, with `settings` such as `"stages.0.lr=1e-3"` laid over it.
+
+    Raises:
+        RecipeError: where the file cannot be read, is no TOML, or says something that cannot be, naming file and key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise RecipeError(f"{path}: cannot be read: {reason}; `lehr init DATA` writes a recipe to start from") from None
+    try:
+        table = tomlkit.parse(text).unwrap()
+    except TOMLKitError as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from None
+    return recipe_from(overridden(table, settings), where=str(path))
+
+
+def overridden(table: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A copy of `table` with each `key=value` of `settings` laid over it; keys are dotted, values are TOML.
+
+    Example:
+        >>> overridden({"stages": [{"lr": 1e-4}]}, ["stages.0.lr=1e-3", "optimizer=sgd"])
+        {'stages': [{'lr': 0.001}], 'optimizer': 'sgd'}
+    """
+    out = _copied(dict(table))
+    for setting in settings:
+        key, equals, written = setting.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {setting}: expected KEY=VALUE, for example --set stages.0.lr=1e-3")
+        target: Any = out
+        *path, last = key.strip().split(".")
+        for part in path:
+            target = _step_into(target, part, setting)
+        if isinstance(target, list):
+            _step_into(target, last, setting)
+            target[int(last)] = _toml_value(written)
+        elif isinstance(target, dict):
+            target[last] = _toml_value(written)
+        else:
+            raise RecipeError(f"--set {setting}: {'.'.join(path)} is a single value, so {last!r} cannot be set inside it")
+    return out
+
+
+def _step_into(target: Any, part: str, setting: str) -> Any:
+    if isinstance(target, list):
+        if not part.isdigit() or int(part) >= len(target):
+            raise RecipeError(f"--set {setting}: there are {len(target)} entries, 0 to {len(target) - 1}; {part!r} is none of them")
+        return target[int(part)]
+    if not isinstance(target, dict):
+        raise RecipeError(f"--set {setting}: {part!r} lies inside a single value; set that value as a whole")
+    return target.setdefault(part, {})
+
+
+def _toml_value(written: str) -> Any:
+    """A TOML value; a bare word is a text, so that `optimizer=sgd` needs no quotes within quotes."""
+    try:
+        return tomlkit.parse(f"x = {written}").unwrap()["x"]
+    except TOMLKitError:
+        return written.strip()
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return [_copied(v) for v in value] if isinstance(value, list) else value
+
+
+def _said(value: Any, cls: type) -> dict[str, Any]:
+    """The fields of a recipe or stage that are not at their default, as TOML's values."""
+    out: dict[str, Any] = {}
+    for f in fields(cls):
+        item = getattr(value, f.name)
+        if item is None or (f.name != "stages" and item == f.default):
+            continue
+        if isinstance(item, Schedule):
+            item = str(item)
+        elif isinstance(item, tuple) and f.name != "stages":
+            item = item[0] if len(item) == 1 and f.name == "train" else list(item)
+        out[f.name] = item
+    return out
+
+
+def _explain(error: ValidationError, where: str, cls: type = Recipe) -> str:
+    """pydantic's findings as one line each: where it is, what was found, what was expected, how to mend it."""
+    lines = dict.fromkeys(f"{where}: {_finding(dict(found), cls)}" for found in error.errors())
+    return "\n".join(lines)
+
+
+def _finding(found: dict[str, Any], cls: type) -> str:
+    loc = tuple(found["loc"])
+    if loc and loc[0] == 0:  # the one positional argument of a direct call
+        loc = (fields(cls)[0].name, *loc[1:])
+    place = ".".join(str(part) for part in loc)
+    kind = found["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        key = str(loc[-1])
+        cls = Stage if "stages" in loc[:-1] else cls
+        known = [f.name for f in fields(cls)]
+        hint = nearest(key, known)
+        other = Recipe if cls is Stage else Stage
+        if hint == "." and key in {f.name for f in fields(other)}:
+            hint = f"; it belongs to the {other.__name__.lower()}."
+        return f"{place}: no such key in a {cls.__name__.lower()}{hint} Known: {', '.join(known)}"
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{place}: missing; " + _EXAMPLE.get(place.rsplit(".", 1)[-1], "it has no default, so write it")
+    if kind == "value_error":
+        return ": ".join(filter(None, (place, str(found["ctx"]["error"]))))
+    if kind == "unexpected_positional_argument":
+        return f"{found['input']!r}; only {fields(cls)[0].name!r} may stand without its name: write train={found['input']!r} or the like"
+    return f"{place}: {found['input']!r}; {found['msg'][0].lower()}{found['msg'][1:]}"
+
+
+_EXAMPLE = {
+    "stages": "a recipe needs at least one stage: [[stages]] in TOML, stages=[lehr.Stage(...)] in Python",
+    "length": 'how long is the stage? For example length = "5 epochs"',
+    "train": 'what does it train? For example train = "head"',
+    "lr": "at which peak rate? For example lr = 1e-3",
+}
+
+
+def _speaking(cls: type[_T]) -> type[_T]:
+    """Let a direct call such as `Stage(...)` raise `RecipeError` too, in the words of `_explain`."""
+    plain: Callable[..., None] = cls.__init__
+
+    def __init__(self: _T, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the __init__
+        try:
+            plain(self, *args, **kwargs)
+        except ValidationError as error:
+            raise RecipeError(_explain(error, cls.__name__, cls)) from None
+
+    __init__.__wrapped__ = plain  # type: ignore[attr-defined]  # keeps the signature for help() and inspect
+    cls.__init__ = __init__  # type: ignore[method-assign,assignment]
+    return cls
+
+
+_READER = TypeAdapter(Recipe)
+_speaking(Stage)
+_speaking(Recipe)
