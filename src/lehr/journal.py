@@ -29,7 +29,7 @@ VERSION: Final = 1
 """The version of the format that is written; every version up to it can be read."""
 
 LOSSES_PER_EVENT: Final = 100
-"""How many losses one `StepsTaken` carries at most: lines stay short, and a run that is killed loses little."""
+"""How many losses one `StepsTaken` carries at most: a short line, and little to lose when a run is killed."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """Stage `stage`, called `label`, begins: updates `start` to `stop - 1`, `epochs` epochs from `first_epoch`.
+    """Stage `stage`, called `label`, begins: updates `start` to `stop - 1`, `epochs` epochs.
 
     `trained_parameters` and `total_parameters` count scalars; `peak_lr` is the highest rate of each group
     that trains.
@@ -437,10 +437,10 @@ def _parse(line: bytes, where: str) -> Record:
 
 
 def _event(kind: Callable[..., Event], wanted: dict[str, str], found: dict[str, object]) -> Event:
-    """The event that `kind` makes of the fields `found`, which must be those `wanted` (name -> annotation)."""
+    """The event that `kind` makes of the fields `found`; they must be those `wanted`, name -> annotation."""
     if found.keys() != wanted.keys():
-        missing = ", ".join(wanted.keys() - found.keys()) or "none"
-        unknown = ", ".join(found.keys() - wanted.keys()) or "none"
+        missing = ", ".join(sorted(wanted.keys() - found.keys())) or "none"
+        unknown = ", ".join(sorted(found.keys() - wanted.keys())) or "none"
         raise ValueError(
             f"expected the fields {', '.join(wanted)}; missing are: {missing}; unknown are: {unknown}"
         )
@@ -448,7 +448,7 @@ def _event(kind: Callable[..., Event], wanted: dict[str, str], found: dict[str, 
 
 
 def _annotations(kind: type[Event]) -> dict[str, str]:
-    """The fields of an event's class: name -> the annotation's text, which is what tells how a value is written."""
+    """The fields of an event: name -> text of the annotation, by which a value is written and read."""
     return {field.name: str(field.type) for field in fields(kind)}
 
 

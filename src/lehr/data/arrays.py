@@ -1,0 +1,254 @@
+"""Arrays of images in memory -> uint8 pixels that Pillow understands, and class indices; and the `.npz` files
+that hold them.
+
+This file must not know about folders, transforms or torch.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lehr.data.images import as_channels
+from lehr.data.listing import Finding, Item, shown
+from lehr.errors import DataError, nearest
+
+Pixels = npt.NDArray[np.uint8]
+_TRAIN_KEYS = (("x_train", "y_train"), ("train_images", "train_labels"), ("x", "y"), ("images", "labels"))
+_VALID_KEYS = tuple(
+    keys
+    for name in ("val", "valid", "validation", "test")
+    for keys in ((f"x_{name}", f"y_{name}"), (f"{name}_images", f"{name}_labels"))
+)
+_ACCEPTED = (
+    "x_train and y_train, with x_val and y_val or x_test and y_test where there is a validation half; "
+    "or x and y"
+)
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Reads item `"NAME/ROW"` from arrays in memory: uint8, (images, height, width) or (images, height,
+    width, 3)."""
+
+    arrays: Mapping[str, Pixels]
+
+    def __call__(self, path: str, channels: int) -> Image.Image:
+        """The image of that name and row, mode L for 1 channel, RGB for 3."""
+        name, _, row = path.rpartition("/")
+        return as_channels(Image.fromarray(self.arrays[name][int(row)]), channels)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Two halves of images in memory. `valid` is None where there is no validation half yet; labels index
+    `classes`."""
+
+    pixels: dict[str, Pixels]
+    classes: tuple[str, ...]
+    train: tuple[Item, ...]
+    valid: tuple[Item, ...] | None
+    findings: tuple[Finding, ...] = ()
+    split: str = ""
+
+
+def items_of(name: str, labels: Sequence[int]) -> tuple[Item, ...]:
+    """One item for each row of the array `name`."""
+    return tuple(Item(f"{name}/{row}", int(label)) for row, label in enumerate(labels))
+
+
+def load_npz(path: Path) -> Arrays:
+    """The images and labels of a `.npz` file; nothing in it is unpickled.
+
+    Raises:
+        DataError: for a file that is no `.npz`, for missing keys, and for arrays that are not images or
+            labels.
+    """
+    content = _read(path)
+    where = shown(path.name)
+    by_name = {name.casefold(): name for name in content}
+    train_keys = next((keys for keys in _TRAIN_KEYS if keys[0] in by_name and keys[1] in by_name), None)
+    if train_keys is None:
+        close = "".join(
+            nearest(name, [key for pair in _TRAIN_KEYS for key in pair], n=1) for name in list(by_name)[:1]
+        )
+        raise DataError(
+            f"{where} holds {', '.join(map(shown, content)) or 'nothing'}; expected {_ACCEPTED}{close}"
+        )
+    valid_keys = next((keys for keys in _VALID_KEYS if keys[0] in by_name and keys[1] in by_name), None)
+    pairs = [tuple(by_name[key] for key in keys) for keys in (train_keys, valid_keys) if keys]
+    pixels, phrases = _as_pixels({images: content[images] for images, _ in pairs}, where)
+    labels = [_as_labels(content[key], len(pixels[images]), f"{where}: {key}") for images, key in pairs]
+    named = content[by_name["classes"]] if "classes" in by_name else None
+    classes, indices = _as_classes(labels, named, f"{where}: classes")
+    used = {name for pair in pairs for name in pair} | {by_name.get("classes", "")}
+    phrases += [f"the array {shown(name)} is not used" for name in sorted(set(content) - used)]
+    halves = [items_of(images, values) for (images, _), values in zip(pairs, indices, strict=True)]
+    return Arrays(
+        pixels={shown_name: pixels[shown_name] for shown_name, _ in pairs},
+        classes=classes,
+        train=halves[0],
+        valid=halves[1] if len(halves) > 1 else None,
+        findings=tuple(Finding("", phrase, fatal=False) for phrase in phrases),
+        split=f"the arrays {pairs[0][0]} and {pairs[1][0]}" if len(pairs) > 1 else "",
+    )
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except PermissionError as error:
+        raise DataError(f"{shown(str(path))} cannot be read: permission denied") from error
+    except (OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise DataError(
+            f"{shown(str(path))} is not a whole .npz file ({shown(str(error))}); write it with numpy.savez"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{shown(str(path))} cannot be read safely ({shown(str(error))}); Python objects are "
+            "never unpickled: "
+            "save images and labels as numbers, and class names as numpy.array(names, dtype=str)"
+        ) from error
+
+
+def _as_pixels(images: Mapping[str, npt.NDArray[Any]], where: str) -> tuple[dict[str, Pixels], list[str]]:
+    """Every array as uint8 in Pillow's layout, all by one scale, and notes on what that took."""
+    laid_out = {name: _as_hwc(array, f"{where}: {name}") for name, array in images.items()}
+    arrays = [array for array, _ in laid_out.values()]
+    if len({array.shape[1:] for array in arrays}) > 1:
+        shapes = " and ".join(f"{name} {array.shape}" for name, (array, _) in laid_out.items())
+        raise DataError(
+            f"{where}: images of different sizes in the two halves: {shapes}; expected one size and "
+            "number of channels"
+        )
+    scale, phrase = _scale(arrays, where)
+    phrases = [f"{name}: images read as {layout}" for name, (_, layout) in laid_out.items()] + [
+        phrase
+    ] * bool(phrase)
+    if arrays[0].ndim == 4 and arrays[0].shape[-1] == 4:
+        phrases.append("transparency, laid on white")
+    pixels = {}
+    for name, (array, _) in laid_out.items():
+        # uint8 passes through without a copy; anything else goes to the nearest level.
+        levels = (
+            array if array.dtype == np.uint8 else np.rint(array.astype(np.float32) * scale).astype(np.uint8)
+        )
+        pixels[name] = np.ascontiguousarray(_on_white(levels))
+    return pixels, phrases
+
+
+def _as_hwc(array: npt.NDArray[Any], where: str) -> tuple[npt.NDArray[Any], str]:
+    """Images as (n, h, w) or (n, h, w, c), with the layout that was understood."""
+    shape, last = array.shape, array.ndim - 1
+    if array.ndim not in (3, 4) or 0 in shape:
+        raise DataError(
+            f"{where} has the shape {shape}; expected images as (n, h, w), (n, h, w, c) or (n, c, h, "
+            "w), at least one"
+        )
+    if array.ndim == 3:
+        return array, "(n, h, w)"
+    channels_last, channels_first = shape[last] in (1, 3, 4), shape[1] in (1, 3, 4)
+    if channels_last == channels_first:
+        why = "both ends could be channels" if channels_last else "no axis has 1, 3 or 4 channels"
+        raise DataError(
+            f"{where} has the shape {shape}, and {why}; expected (n, h, w, c) or (n, c, h, w) with "
+            "1, 3 or 4 channels"
+        )
+    images = array if channels_last else array.transpose(0, 2, 3, 1)
+    return (
+        images[..., 0] if images.shape[-1] == 1 else images
+    ), "(n, h, w, c)" if channels_last else "(n, c, h, w)"
+
+
+def _scale(arrays: Sequence[npt.NDArray[Any]], where: str) -> tuple[float, str]:
+    """The factor that takes the arrays' own range to 0 .. 255, and a note where it is not plain uint8."""
+    dtype = np.result_type(*arrays)
+    if dtype.kind not in "uif":
+        raise DataError(
+            f"{where}: images of type {dtype}; expected uint8 in 0..255, or floats in [0, 1] or [0, 255]"
+        )
+    low, high = (float(f([f(array) for array in arrays])) for f in (np.min, np.max))
+    if dtype == np.uint8:
+        return 1.0, ""
+    if not (np.isfinite([low, high]).all() and low >= 0):
+        raise DataError(
+            f"{where}: images with values from {low:g} to {high:g}; expected uint8 in 0..255, or "
+            "floats in [0, 1] or [0, 255]: "
+            "save them before they are normalised, lehr normalises by itself"
+        )
+    if dtype.kind == "f" and high <= 1:
+        return 255.0, f"{dtype} images in [0, 1], stored as 8 bits"
+    if high <= 255:
+        return 1.0, f"{dtype} images in [0, 255], stored as 8 bits"
+    if dtype == np.uint16:
+        return 1 / 257, "uint16 images, scaled to 8 bits"
+    raise DataError(
+        f"{where}: {dtype} images with values up to {high:g}; expected uint8 in 0..255, uint16, or "
+        "floats in [0, 1] or [0, 255]"
+    )
+
+
+def _on_white(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    if levels.ndim != 4 or levels.shape[-1] != 4:
+        return levels
+    alpha = levels[..., 3:].astype(np.uint32)
+    colour = levels[..., :3].astype(np.uint32)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _as_labels(labels: npt.NDArray[Any], count: int, where: str) -> npt.NDArray[Any]:
+    """Labels as one column of integers or texts, as many as there are images."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise DataError(
+            f"{where} has the shape {labels.shape}; expected one class index for each image (of "
+            "one-hot rows, take argmax(1))"
+        )
+    if len(labels) != count:
+        raise DataError(f"{where} has {len(labels)} labels for {count} images; expected one for each")
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8")
+    if labels.dtype.kind not in "iuU":
+        raise DataError(
+            f"{where} has the type {labels.dtype}; expected whole numbers or texts (for numbers, "
+            ".astype(int))"
+        )
+    return labels
+
+
+def _as_classes(
+    labels: Sequence[npt.NDArray[Any]], named: npt.NDArray[Any] | None, where: str
+) -> tuple[tuple[str, ...], list[list[int]]]:
+    """Class names, and each half's labels as indices of them: as named by the file, else the labels
+    themselves, sorted."""
+    values = sorted(
+        {value for half in labels for value in half.tolist()},
+        key=lambda value: (isinstance(value, str), value),
+    )
+    if named is None:
+        names = tuple(str(value) for value in values)
+        index = {value: place for place, value in enumerate(values)}
+    else:
+        flat = np.char.decode(named, "utf-8") if named.dtype.kind == "S" else named
+        names = tuple(str(name) for name in np.ravel(flat).tolist())
+        index = (
+            {name: i for i, name in enumerate(names)}
+            if isinstance(values[0], str)
+            else {i: i for i in range(len(names))}
+        )
+        unknown = [value for value in values if value not in index]
+        if unknown or len(set(names)) != len(names):
+            what = f"a label {unknown[0]!r} has no name" if unknown else "a name comes twice"
+            raise DataError(
+                f"{where} has {len(names)} names, and {what}; expected one name for each label from 0 on"
+            )
+    return names, [[index[value] for value in half.tolist()] for half in labels]

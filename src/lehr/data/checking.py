@@ -1,0 +1,104 @@
+"""Every image of a folder is decoded once before training, so that a bad file stops nothing in the middle of
+the night.
+
+Threads do it (decoders release the interpreter). This file turns files into findings; it must not know about
+classes or halves.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lehr.data.images import UnreadableError, read_picture
+from lehr.data.listing import Finding
+
+Progress = Callable[[int, int], object]
+_CHUNK = 32  # files a task: enough to make a task's own cost vanish, few enough for a smooth progress bar
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One file after its check: its size (height, width) and channels where it is an image, else why it is
+    none."""
+
+    path: str
+    size: tuple[int, int] | None = None
+    channels: int = 0
+    done: tuple[str, ...] = ()
+    problem: Finding | None = None
+
+
+def check_files(root: Path, paths: Sequence[str], progress: Progress | None = None) -> list[Checked]:
+    """One `Checked` for each of `paths` (posix, relative to `root`), in their order.
+
+    `progress(done, total)` is called from this thread now and then, and at the end.
+    """
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    checked: list[Checked] = []
+    # Set once around all threads: filters belong to the process, and threads that each set them would race.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        pool = ThreadPoolExecutor(
+            max_workers=min(16, (os.cpu_count() or 1) + 2), thread_name_prefix="lehr-check"
+        )
+        try:
+            for results in pool.map(lambda chunk: [_check(root, path) for path in chunk], chunks):
+                checked += results
+                if progress is not None:
+                    progress(len(checked), len(paths))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return checked
+
+
+def notes_on(checked: Iterable[Checked]) -> list[Finding]:
+    """One note for each kind of thing that was done to images, with how many files it concerns and the first
+    of them."""
+    by_kind: dict[str, list[str]] = {}
+    for file in checked:
+        for kind in file.done:
+            by_kind.setdefault(kind, []).append(file.path)
+    return [
+        Finding(
+            paths[0],
+            f"{kind} ({_files(len(paths))})",
+            fatal=False,
+            detail="" if len(paths) == 1 else "the first",
+        )
+        for kind, paths in sorted(by_kind.items())
+    ]
+
+
+def ignored(paths: Sequence[str], why: str) -> list[Finding]:
+    """One note on files that are left alone, or none where there are none."""
+    if not paths:
+        return []
+    return [
+        Finding(
+            paths[0],
+            f"{why} ({_files(len(paths))})",
+            fatal=False,
+            detail="" if len(paths) == 1 else "the first",
+        )
+    ]
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s'[: count != 1]}"
+
+
+def _check(root: Path, path: str) -> Checked:
+    try:
+        picture = read_picture(root / path)
+    except UnreadableError as error:
+        return Checked(path, problem=Finding(path, error.what, fatal=error.image, detail=error.detail))
+    width, height = picture.image.size
+    return Checked(path, (height, width), 1 if picture.image.mode == "L" else 3, picture.done)

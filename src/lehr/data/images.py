@@ -1,0 +1,274 @@
+"""One image file -> pixels, in the one way that checking, training and predicting share.
+
+Whatever a file holds becomes an upright 8-bit grey or RGB image as a person would expect to see it. This file
+must not know what classes, folders or transforms are. JPEGs are always decoded in full size (no `draft`), so
+that an image has the same pixels whatever they are wanted for.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from lehr.data.listing import shown
+from lehr.errors import DataError
+
+# By suffix, what a file is expected to hold. Left out: formats whose decoders start other programs (EPS) or
+# take anything for theirs (TGA).
+_FORMAT_OF = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
+    **dict.fromkeys((".jp2", ".j2k", ".jpx", ".j2c"), "JPEG2000"),
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".avif": "AVIF",
+}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_CAMERA_RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"}
+_FOREIGN = {
+    ".eps",
+    ".exr",
+    ".hdr",
+    ".heic",
+    ".heif",
+    ".ico",
+    ".jxl",
+    ".pcx",
+    ".psd",
+    ".svg",
+    ".tga",
+} | _CAMERA_RAW
+
+_TURNS = {  # the EXIF orientation tag -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableError(Exception):
+    """Why a file gives no image: `what` is the same for all files of that kind, `detail` is particular to
+    one.
+
+    `image` is False where nothing suggests that the file was meant to be an image. Never leaves this package.
+    """
+
+    def __init__(self, what: str, detail: str = "", *, image: bool = True) -> None:
+        super().__init__(f"{what} ({detail})" if detail else what)
+        self.what, self.detail, self.image = what, detail, image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright image in mode L or RGB, and what was done to get there (one phrase each; none for plain grey
+    and RGB)."""
+
+    image: Image.Image
+    done: tuple[str, ...]
+
+
+def read_image(path: str | PathLike[str], channels: int = 3) -> Image.Image:
+    """The image in a file, upright, 8 bits a channel: mode L for 1 channel, RGB for 3.
+
+    Transparency is laid on white, the first of several frames is taken, EXIF rotation is applied, 16-bit
+    images are scaled.
+
+    Raises:
+        DataError: where the file cannot be read as an image, with its path and why.
+    """
+    try:
+        return as_channels(read_picture(Path(path)).image, channels)
+    except UnreadableError as error:
+        raise DataError(f"{shown(str(path))}: {shown(str(error))}; mend or remove it") from error
+
+
+def as_channels(image: Image.Image, channels: int) -> Image.Image:
+    """`image` (mode L or RGB) with 1 or 3 channels; itself where it already has them."""
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def read_picture(path: Path) -> Picture:
+    """The image in a file and what was done to it; decodes everything, so that a truncated file is found.
+
+    Raises:
+        UnreadableError: where there is no image to be had.
+    """
+    suffix = path.suffix.lower()
+    if suffix in _CAMERA_RAW:  # several open as TIFF and would give their thumbnail
+        raise UnreadableError(
+            "a format that is not read", f"camera raw; convert it to one of {', '.join(FORMATS)}"
+        )
+    try:
+        with path.open("rb") as file:
+            _sniff(file.read(64), suffix)
+            file.seek(0)
+            with Image.open(file, formats=_formats()) as image:
+                _refuse_bomb(image.size)
+                image.load()
+                return _picture(image, suffix)
+    except UnreadableError:
+        raise
+    except PermissionError as error:
+        raise UnreadableError("cannot be read: permission denied") from error
+    except FileNotFoundError as error:
+        raise UnreadableError("no such file (or a link that leads nowhere)") from error
+    except UnidentifiedImageError as error:
+        known = suffix in _FORMAT_OF or suffix in _FOREIGN
+        raise UnreadableError(
+            f"not an image of a known format ({', '.join(FORMATS)})", image=known
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableError(_BOMB, str(error).split(",")[0]) from error
+    except (
+        Exception
+    ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more
+        raise UnreadableError("broken or truncated image", str(error) or type(error).__name__) from error
+
+
+_BOMB = "so many pixels that it may be a decompression bomb"
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """The formats that this Pillow was built with, of those that lehr reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _sniff(head: bytes, suffix: str) -> None:
+    """Says no, in better words than the decoder's, to an empty file, to text, and to HEIC."""
+    known = suffix in _FORMAT_OF or suffix in _FOREIGN
+    if not head:
+        raise UnreadableError("an empty file (0 bytes)", image=known)
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"hevc"):
+        raise UnreadableError("a format that is not read", f"HEIC; convert it to one of {', '.join(FORMATS)}")
+    netpbm = head[:1] == b"P" and head[1:2] in b"1234567yf"  # the one family of formats that may be text
+    if not netpbm and all(byte in _TEXT for byte in head):
+        raise UnreadableError("not an image: its content is text", image=known)
+
+
+_TEXT = frozenset({9, 10, 12, 13, *range(32, 127)})
+
+
+def _refuse_bomb(size: tuple[int, int]) -> None:
+    """Pillow only warns up to twice its limit, and whether a warning stops anything depends on who runs
+    us."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and size[0] * size[1] > limit:
+        raise UnreadableError(_BOMB, f"{size[0]} x {size[1]} pixels; the limit is {limit}")
+
+
+def _picture(image: Image.Image, suffix: str) -> Picture:
+    """A loaded image as a `Picture`."""
+    done = []
+    name = (
+        "JPEG" if image.format == "MPO" else image.format or "?"
+    )  # MPO: a JPEG with more pictures behind the first
+    if _FORMAT_OF.get(suffix) != name:
+        done.append(f"{name} image named {suffix or 'without a suffix'}, used")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        image.seek(0)
+        image.load()
+        done.append("several frames, the first used")
+    turn = _TURNS.get(_orientation(image.info.get("exif")))
+    flat, conversion = _flatten(image)
+    if conversion:
+        done.append(conversion)
+    if turn is not None:
+        flat = flat.transpose(turn)
+        done.append("EXIF rotation, applied")
+    return Picture(flat, tuple(done))
+
+
+def _flatten(image: Image.Image) -> tuple[Image.Image, str]:
+    """`image` in mode L or RGB, and a phrase for what that took (`""` for plain grey and RGB)."""
+    mode = image.mode
+    if mode.startswith("I;16"):
+        return _from_16_bit(np.asarray(image)), "16-bit, scaled to 8 bits"
+    if mode in ("I", "F"):
+        return _from_numbers(np.asarray(image), image.format)
+    if _has_transparency(image):
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        flat = Image.alpha_composite(white, layer).convert("RGB")
+        return (flat.convert("L") if mode in ("L", "LA", "La", "1") else flat), "transparency, laid on white"
+    if mode in ("L", "RGB"):
+        return image.copy(), ""
+    if mode == "1":
+        return image.convert("L"), ""
+    phrase = "palette, converted to RGB" if mode == "P" else f"{mode}, converted to RGB"
+    return image.convert("RGB"), phrase
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    palette = image.palette.mode if image.mode == "P" and image.palette else ""
+    return (
+        image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
+        or "transparency" in image.info
+        or palette.endswith("A")
+    )
+
+
+def _from_16_bit(values: npt.NDArray[np.generic]) -> Image.Image:
+    """0 .. 65535 -> 0 .. 255, to the nearest; the same scale for every image, so that dark ones stay dark."""
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _from_numbers(values: npt.NDArray[np.generic], form: str | None) -> tuple[Image.Image, str]:
+    """Whole or real numbers of unknown range -> 8 bits: by the range that they seem to have, stretched where
+    they have none."""
+    if not np.isfinite(values).all():
+        raise UnreadableError("an image with values that are not finite numbers")
+    numbers = values.astype(np.float64)
+    low, high = float(numbers.min()), float(numbers.max())
+    if values.dtype.kind == "i" and (form in ("PNG", "PPM") or (low >= 0 and high <= 65535)):
+        return _from_16_bit(values), "16-bit, scaled to 8 bits"
+    kind = "32-bit integers" if values.dtype.kind == "i" else "floating point"
+    if values.dtype.kind == "f" and low >= 0 and high <= 255:
+        scale, what = (255.0, "[0, 1]") if high <= 1 else (1.0, "[0, 255]")
+        return Image.fromarray(
+            np.rint(numbers * scale).astype(np.uint8)
+        ), f"{kind} in {what}, scaled to 8 bits"
+    stretched = (numbers - low) * (255.0 / max(high - low, 1e-30))
+    return Image.fromarray(
+        np.rint(stretched).astype(np.uint8)
+    ), f"{kind}, lowest to highest value stretched to 8 bits"
+
+
+def _orientation(exif: object) -> int:
+    """The orientation tag of an EXIF block, 1 (upright) where there is none or the block is damaged.
+
+    Pillow's reader warns about damaged blocks, and a warning cannot be silenced safely while many threads
+    read.
+    """
+    if not isinstance(exif, bytes):
+        return 1
+    block = exif[6:] if exif.startswith(b"Exif\0\0") else exif
+    order = {b"II": "<", b"MM": ">"}.get(block[:2])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", block, entry)
+            if tag == 0x0112:
+                return int(value)
+    except struct.error:
+        return 1
+    return 1

@@ -1,0 +1,1 @@
+"""The part of lehr that touches torch: reading a model, freezing it, stepping it."""

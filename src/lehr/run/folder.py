@@ -1,0 +1,100 @@
+"""A run's directory: what is in it, under which name. Nothing in it is a pickle; every file is written aside and renamed into place.
+
+    recipe.toml  plan.json  environment.json  journal.jsonl  best.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lehr._version import __version__
+from lehr.errors import RequestError
+from lehr.planning import Plan
+from lehr.recipe import Recipe
+from lehr.run.precision import Arithmetic
+from lehr.run.weights import write_weights
+
+_NAMED_VERSIONS = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The directory of one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """A directory for a new run; it may exist, but not hold a run.
+
+        Raises:
+            RequestError: where it holds one, or cannot be made.
+        """
+        folder = Path(path)
+        if (folder / "journal.jsonl").exists():
+            raise RequestError(f"{folder}: holds a run already, and nothing is overwritten; choose another directory, or remove it")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"{folder}: cannot be made: {error.strerror}; choose another directory") from None
+        return cls(folder)
+
+    @property
+    def journal(self) -> Path:
+        """Every event of the run, a line each."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def weights(self) -> Path:
+        """The best weights, or the last ones where nothing said which were best."""
+        return self.path / "best.safetensors"
+
+    def describe(self, recipe: Recipe, plan: Plan, on: Arithmetic) -> None:
+        """Write what is known before the first batch: recipe, plan, environment."""
+        self.write_text("recipe.toml", recipe.to_toml())
+        plan.save(self.path / "plan.json")
+        self.write_json("environment.json", environment(on))
+
+    def save_weights(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Write the weights to keep."""
+        write_weights(state, self.weights)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write `value` as JSON, readable."""
+        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, all of it or nothing."""
+        aside = self.path / f".{name}.part"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, self.path / name)
+
+
+def environment(on: Arithmetic) -> dict[str, Any]:
+    """Where a run happens: versions and device. No names of people, hosts or folders."""
+    device = torch.cuda.get_device_name(on.device) if on.device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "lehr": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(on.device),
+        "device_name": device,
+        "precision": on.precision,
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in _NAMED_VERSIONS if name in _installed()},
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _installed() -> set[str]:
+    return {(dist.metadata["Name"] or "").lower() for dist in metadata.distributions()}

@@ -1,0 +1,292 @@
+"""What frozen means: weights and buffers stay the same to the bit, however the model is called.
+
+A frozen parameter has `requires_grad` False and no gradient, so no optimizer touches it. A module all of
+whose parameters are frozen runs in eval mode, so its batch statistics stay and its dropout is off; a module
+without parameters follows its nearest ancestor that has some. What is frozen is a function of the parameters'
+names alone: there is no history. This file must not know of steps, stages or optimizers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
+from operator import attrgetter, is_, is_not
+from typing import Any
+
+from torch import nn
+
+from lehr.errors import RunError, SelectionError, nearest
+from lehr.run.facts import inspect, named, unwrap
+from lehr.selection import select
+
+_PIN = "train"
+_RECORD = "_lehr_frozen"
+_END = (object(),)
+_NONES = repeat(None)  # endless, so it can be shared
+
+_requires_grad = attrgetter("requires_grad")
+_grad = attrgetter("grad")
+_training = attrgetter("training")
+
+
+def freeze(
+    model: nn.Module, what: str | Sequence[str] = "all", *, head: str | Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Freezes what the patterns name; the other parameters stay as they are.
+
+    Frozen weights and buffers do not change: `requires_grad` is False, gradients are None, and every module
+    that is left without a trained parameter (whoever froze it) runs in eval mode however often
+    `model.train()` is called.
+
+    Args:
+        model: the model; also inside `torch.compile` or `DistributedDataParallel`.
+        what: patterns as in a recipe: `"backbone"`, `"layer1"`, `"last 2 blocks"`, `["norm", "blocks.1?"]`.
+            `"all"` is all of it.
+        head: the module path of the head, where it is not recognised.
+
+    Returns:
+        The names of the parameters that the patterns mean, in the model's order.
+
+    Raises:
+        SelectionError: for a pattern that matches nothing.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
+        >>> freeze(net, "backbone")
+        ('0.weight', '0.bias')
+        >>> net.train()[0].training
+        False
+    """
+    chosen = _chosen(model, what, head)
+    set_trainable(model, _trained_now(model) - frozenset(chosen))
+    return chosen
+
+
+def thaw(
+    model: nn.Module, what: str | Sequence[str] = "all", *, head: str | Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Thaws what the patterns name; the other parameters stay as they are.
+
+    Here `"all"` is everything, whoever froze it: the person asks for it by hand. A module that is thawed
+    takes the mode that was last asked for with `model.train()` or `model.eval()`.
+
+    Args:
+        model: the model; also inside `torch.compile` or `DistributedDataParallel`.
+        what: patterns as in a recipe.
+        head: the module path of the head, where it is not recognised.
+
+    Returns:
+        The names of the parameters that the patterns mean, in the model's order.
+
+    Raises:
+        SelectionError: for a pattern that matches nothing.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> freeze(net) == thaw(net)
+        True
+        >>> net.weight.requires_grad, net.training
+        (True, True)
+    """
+    chosen = _chosen(model, what, head)
+    set_trainable(model, _trained_now(model) | frozenset(chosen))
+    return chosen
+
+
+def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
+    """Lets exactly the parameters `names` train and freezes everything else, from whatever state the model is
+    in.
+
+    Idempotent and without history; meant to be called at every step, so a model that is already as wanted is
+    only looked over. Modules that were frozen and now train take the mode that was last asked for with
+    `model.train()`; the mode of modules that trained before is the caller's and stays.
+
+    Args:
+        model: the model; also inside `torch.compile` or `DistributedDataParallel`.
+        names: names as `lehr.inspect` gives them; of a tied weight the first.
+
+    Raises:
+        SelectionError: for a name that is no parameter of the model; nothing has changed then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> set_trainable(net, frozenset({"1.weight"}))
+        >>> [p.requires_grad for p in net.parameters()]
+        [False, False, True, False]
+    """
+    record = model.__dict__.get(_RECORD)
+    if record is None or record.owner != id(model):  # never seen, wrapped, or a shallow copy
+        model = unwrap(model)
+        record = model.__dict__.get(_RECORD)
+    if record is None or record.owner != id(model) or not record.holds(names):
+        _settle(model, frozenset(names))
+
+
+class _Pinned:
+    """Stands in for `module.train` while `module` is frozen: whatever mode is asked for, the module stays in
+    eval mode.
+
+    It lies in the module's instance dictionary, so class, `state_dict` and hooks stay as they are, and
+    `deepcopy` and pickle carry it over to the copy, whose own it becomes. The module is held weakly so that a
+    frozen model is freed as soon as it is dropped.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self.asked = module.training
+        self.displaced = module.__dict__.get(_PIN)  # a `train` that the person had put there
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise RunError(
+                "train() was called on a shallow copy of a frozen module whose original is gone; "
+                "use copy.deepcopy, or lehr.thaw before copying"
+            )
+        self.asked = mode
+        type(module).train(module, False)
+        module.training = False  # also where the class's own train() ignores the mode
+        return module
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether this is the module's own pin; a shallow copy carries that of its original."""
+        return self._module() is module
+
+    def release(self, module: nn.Module) -> None:
+        """Gives the module its own `train` back."""
+        if self.displaced is None:
+            del module.__dict__[_PIN]
+        else:
+            module.__dict__[_PIN] = self.displaced
+
+    def __getstate__(self) -> tuple[nn.Module | None, bool, Any]:
+        return self._module(), self.asked, self.displaced
+
+    def __setstate__(self, state: tuple[nn.Module, bool, Any]) -> None:
+        module, self.asked, self.displaced = state
+        self._module = weakref.ref(module)
+
+
+class _Record:
+    """What a settled model looks like, so that the next call sees at a glance whether it still does.
+
+    It lies in the model's instance dictionary (not in a global table, which would keep alive a model whose
+    parts refer back to it) and turns into None in copies and pickles.
+    """
+
+    def __init__(self, own: nn.Module, names: frozenset[str], pinned: list[nn.Module]) -> None:
+        parameters = named(own)
+        self.names = names
+        self.owner = id(own)
+        self.parameters = list(parameters.values())
+        self.wanted = [name in names for name in parameters]
+        self.frozen = [parameter for name, parameter in parameters.items() if name not in names]
+        self.pinned = pinned
+        # Live views of the dictionaries that hold parameters and submodules, and what they held: a part that
+        # was replaced or added is seen by its identity. The end marker sees what is added to the last of
+        # them.
+        tables = [table for m in own.modules() for table in (m._parameters, m._modules)]
+        self.views: list[Iterable[object]] = [*(table.values() for table in tables if table), _END]
+        self.empty = [table for table in tables if not table]
+        self.entries = list(chain.from_iterable(self.views))
+
+    def holds(self, names: frozenset[str]) -> bool:
+        return (
+            (self.names is names or self.names == names)
+            and all(map(is_, chain.from_iterable(self.views), self.entries))
+            and not any(self.empty)
+            and list(map(_requires_grad, self.parameters)) == self.wanted
+            and not any(map(is_not, map(_grad, self.frozen), _NONES))
+            and not any(map(_training, self.pinned))
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+def _settle(own: nn.Module, names: frozenset[str]) -> None:
+    """Brings the model into the wanted state, whatever it was in, and records it."""
+    parameters = named(own)
+    _refuse_unknown(names, parameters, own)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)
+        if name not in names:
+            parameter.grad = None
+    trained = {id(parameter) for name, parameter in parameters.items() if name in names}
+    training = set(_trained_modules(own, trained, within=True))
+    frozen = [module for module in own.modules() if module not in training]
+    _thaw_modules(own, {module for module in training if _pin_of(module)})
+    for module in frozen:
+        if _pin_of(module) is None:
+            module.__dict__[_PIN] = _Pinned(module)
+    for module in frozen:  # outermost first, so most are in eval mode by the time they are met
+        if module.training:
+            pin = module.__dict__[_PIN]
+            pin(pin.asked)
+    own.__dict__[_RECORD] = _Record(own, names, frozen)
+
+
+def _thaw_modules(own: nn.Module, thawed: set[nn.Module]) -> None:
+    """Unpins modules and gives them the mode that the model was last asked for, as its own `train` hands it down."""
+    if not thawed:
+        return
+    pin = _pin_of(own)
+    asked = own.training if pin is None else pin.asked
+    for module in thawed:
+        module.__dict__[_PIN].release(module)
+    # Asking the whole model lets a class that overrides train() (to keep its norms in eval mode, say) have
+    # its say; the modules that were not frozen get back the mode they had.
+    before = [(module, module.training) for module in own.modules() if module not in thawed]
+    own.train(asked)
+    for module, mode in before:
+        module.training = mode
+
+
+def _trained_modules(module: nn.Module, trained: set[int], *, within: bool) -> Iterator[nn.Module]:
+    """The modules that hold a trained parameter, and the parameterless ones that follow them.
+
+    `within` says whether the nearest ancestor with parameters holds a trained one. A parameterless module in
+    several places follows the trained one.
+    """
+    parameters = [id(parameter) for parameter in module.parameters()]
+    if parameters:
+        within = not trained.isdisjoint(parameters)
+    if within:
+        yield module
+        for child in module.children():
+            yield from _trained_modules(child, trained, within=within)
+
+
+def _pin_of(module: nn.Module) -> _Pinned | None:
+    """The module's own pin. What a shallow copy took over from its original is none, and is dropped."""
+    pin = module.__dict__.get(_PIN)
+    if not isinstance(pin, _Pinned):
+        return None
+    if pin.holds(module):
+        return pin
+    pin.release(module)
+    return None
+
+
+def _trained_now(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, parameter in named(model).items() if parameter.requires_grad)
+
+
+def _chosen(model: nn.Module, what: str | Sequence[str], head: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names that the patterns mean when nothing counts as frozen by hand."""
+    facts = inspect(model, head=head)
+    free = tuple(replace(parameter, frozen_by_hand=False) for parameter in facts.parameters)
+    selection = select(what, replace(facts, parameters=free))
+    return selection.names
+
+
+def _refuse_unknown(names: frozenset[str], parameters: dict[str, nn.Parameter], own: nn.Module) -> None:
+    unknown = sorted(names - parameters.keys())
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise SelectionError(
+            f"{unknown[0]!r}{more} is no parameter of {type(own).__name__}{nearest(unknown[0], parameters)} Names are those of "
+            "lehr.inspect(model), where a tied weight has its first name only; a plan belongs to the model it was made from"
+        )

@@ -1,0 +1,187 @@
+"""`fit`: the loop. It reads from top to bottom; every part of it is usable alone (examples/own_loop.py is the same loop by hand)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lehr._version import __version__
+from lehr.errors import RecipeError
+from lehr.journal import EpochEnded, Observer, RunEnded, RunStarted, StageEnded, StageStarted
+from lehr.planning import Plan, PlannedStage, resolve
+from lehr.recipe import Recipe
+from lehr.run.best import Best
+from lehr.run.ema import Ema
+from lehr.run.facts import inspect, unwrap
+from lehr.run.folder import RunFolder
+from lehr.run.optimizer import apply, optimizer
+from lehr.run.precision import Arithmetic, arithmetic
+from lehr.run.sampler import Feed, feed, samples_in
+from lehr.run.update import Loss, Update, cross_entropy
+from lehr.run.validation import Metrics, validate
+from lehr.run.watch import EpochWatch, telling, trained_only
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    `model` is the person's own, trained in place; `history` has one row of plain numbers an epoch; `best` is the row of the best
+    epoch by `monitor` (the last epoch's without validation); `run` is the directory, or None.
+    """
+
+    model: nn.Module
+    history: tuple[Mapping[str, float], ...]
+    best: Mapping[str, float]
+    run: Path | None
+
+
+def fit(
+    model: nn.Module,
+    train: Any,
+    valid: Any = None,
+    *,
+    recipe: Recipe,
+    loss: Loss | None = None,
+    metrics: Metrics | None = None,
+    out: str | Path | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    observers: Sequence[Observer] = (),
+    workers: int = 0,
+) -> Result:
+    """Train `model` in place as `recipe` says, stage by stage, and return what came of it.
+
+    Args:
+        model: any `nn.Module`; a compiled one, too.
+        train: a map-style data set of samples, or a `DataLoader` (which then decides batches and order).
+        valid: the same, used whole, once an epoch; None validates nothing.
+        recipe: what trains when, and how fast.
+        loss: `loss(model, batch)` returns the mean over the batch, a scalar tensor, or a dict with it as `loss` (and `outputs` and
+            `targets` for metrics). By default batches are `(inputs, targets)` and the loss is cross-entropy.
+        metrics: torchmetrics by name, for validation; accuracy by default, where there are classes.
+        out: a new directory for the run: recipe, plan, journal, best weights. None writes nothing.
+        device: `"auto"` (CUDA, else MPS, else CPU), or a device.
+        precision: `"auto"` (bf16 on CUDA that has it, else fp32), `"fp32"`, `"bf16"` or `"fp16"`.
+        observers: called with each event of `lehr.journal`; `lehr.progress.progress()` draws a bar.
+        workers: processes that load samples, for data sets; the results do not depend on it.
+
+    Raises:
+        RequestError: (or one of its kinds) for what cannot be done; nothing was started.
+        NonFiniteError: where the loss became NaN or infinite; the best weights so far are in `out`.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> from lehr.recipe import Stage
+        >>> data = TensorDataset(torch.randn(64, 4), torch.arange(64) % 2)
+        >>> result = fit(nn.Linear(4, 2), data, recipe=Recipe([Stage("2 epochs", train="all", lr=0.1)]))
+        >>> len(result.history)
+        2
+    """
+    on = arithmetic(device, precision)
+    pin = on.device.type == "cuda"
+    training = feed(train, seed=recipe.seed, workers=workers, pin=pin)
+    validation = None if valid is None else feed(valid, seed=recipe.seed, workers=workers, pin=pin, what="valid")
+    plan = resolve(recipe, inspect(model), samples=training.samples, batches=training.batches)
+    _check(recipe, plan, training, validation)
+
+    torch.manual_seed(plan.seed)
+    model.to(on.device)
+    torch_optimizer = optimizer(plan, model)
+    update = Update(model, torch_optimizer, loss or cross_entropy(plan.label_smoothing), plan=plan, on=on)
+    average = Ema(model, plan.ema) if plan.ema else None
+    judged = average.model if average else model
+    folder = None if out is None else RunFolder.create(out)
+    if folder:
+        folder.describe(recipe, plan, on)
+    best = Best(plan.monitor if validation or plan.monitor == "train_loss" else "", metrics, folder)
+    history: list[Mapping[str, float]] = []
+    began = time.monotonic()
+
+    with telling(folder, observers) as tell:
+        tell(_run_started(plan, training, validation, on))
+        for stage in plan.stages:
+            tell(_stage_started(plan, stage))
+            best.begin_stage(stage.first_epoch)
+            for epoch, start, stop in stage.epoch_ranges():
+                model.train()
+                watch = EpochWatch(plan, stage, (epoch, start, stop), tell)
+                for step, window in zip(plan.steps(start, stop, stage), training.windows(stage, epoch), strict=False):
+                    apply(step, model, torch_optimizer)
+                    watch.add(update(window, step.index), samples_in(window))
+                    if average:
+                        average.update(step.index)
+                row = watch.finish()
+                if validation:
+                    row |= validate(judged, validation, loss, metrics, batch_size=stage.batch_size, on=on, tell=tell)
+                history.append({"epoch": epoch, "stage": stage.index, "step": stop, **row, "best": best.offer(epoch, row, judged)})
+                tell(_epoch_ended(history[-1], plan, watch))
+                patient = stage is not plan.stages[-1] or best.epochs_since(epoch) < plan.patience
+                if not patient:
+                    break
+            restored = best.restore_stage(model, average, last=epoch) if stage.restore_best else None
+            reason = "length" if patient else "patience"
+            tell(StageEnded(stage.index, stop, reason, restored))
+        if plan.stages[-1].restore_best:
+            best.restore_run(model, average, last=epoch)
+        elif average:
+            unwrap(model).load_state_dict(average.model.state_dict())
+        best.finish(model)
+        result = Result(model, tuple(history), best.row(history), folder.path if folder else None)
+        tell(_run_ended(result, reason, time.monotonic() - began))
+    return result
+
+
+def _check(recipe: Recipe, plan: Plan, training: Feed, validation: Feed | None) -> None:
+    """Refuse what could only fail, or be ignored, later."""
+    needs = "restore_best" if any(stage.restore_best for stage in plan.stages) else "patience" if recipe.patience else ""
+    if needs and validation is None and plan.monitor != "train_loss":
+        raise RecipeError(f'{needs}: there is no validation set, so {plan.monitor!r} is never measured; pass valid=, or monitor="train_loss"')
+    if training.loader is None:
+        return
+    size = training.loader.batch_size
+    for stage in plan.stages:
+        if size is not None and stage.batch_size != size:
+            raise RecipeError(
+                f"batch_size: stage {stage.index + 1} says {stage.batch_size}, the DataLoader makes batches of {size}; "
+                f"say batch_size={size} in the recipe, or pass the data set and let lehr make the batches"
+            )
+
+
+def _run_started(plan: Plan, training: Feed, validation: Feed | None, on: Arithmetic) -> RunStarted:
+    return RunStarted(
+        lehr=__version__, plan_hash=plan.hash, total_steps=plan.total_steps, total_epochs=plan.total_epochs,
+        samples_train=training.samples, samples_valid=validation.samples if validation else 0,
+        device=str(on.device), precision=on.precision, stages=len(plan.stages),
+    )  # fmt: skip
+
+
+def _stage_started(plan: Plan, stage: PlannedStage) -> StageStarted:
+    return StageStarted(
+        stage=stage.index, label=stage.label, start=stage.start, stop=stage.stop, first_epoch=stage.first_epoch, epochs=stage.epochs,
+        trained_parameters=sum(plan.parameters[name] for name in plan.trainable(stage)),
+        total_parameters=sum(plan.parameters.values()), peak_lr=trained_only(stage.peak_lr),
+    )  # fmt: skip
+
+
+def _epoch_ended(row: Mapping[str, Any], plan: Plan, watch: EpochWatch) -> EpochEnded:
+    own = ("epoch", "stage", "step", "train_loss", "best")
+    return EpochEnded(
+        epoch=row["epoch"], stage=row["stage"], step=row["step"], train_loss=row["train_loss"],
+        metrics={name: value for name, value in row.items() if name not in own}, lr=trained_only(plan[row["step"] - 1].lr),
+        seconds=watch.seconds, samples_per_second=watch.samples_per_second, best=row["best"],
+    )  # fmt: skip
+
+
+def _run_ended(result: Result, reason: str, seconds: float) -> RunEnded:
+    row = result.best
+    return RunEnded(
+        step=int(result.history[-1]["step"]), reason=reason, best_epoch=int(row["epoch"]) if row["best"] else None,
+        metrics={name: value for name, value in row.items() if name.startswith(("train_", "valid_"))}, seconds=seconds,
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+"""One optimizer with named groups, and `apply`: the only function that changes what trains and how fast.
+
+Groups are built once, from the plan, over everything that any stage trains; a thaw changes values, never the list. This file must
+not know batches or losses.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lehr.errors import ModelError, RecipeError, nearest
+from lehr.planning import Plan, Step
+from lehr.run.facts import unwrap
+from lehr.run.freezing import set_trainable
+from lehr.schedules import Curve
+
+_NEEDS_CLOSURE = ("lbfgs",)
+
+
+def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+    """The plan's optimizer over `model`, with one parameter group for each of `plan.groups`, in order.
+
+    Each group carries `name`, `param_names`, and the class's own settings; `lr` and `weight_decay` are those of step 0, and
+    `lehr.apply` sets them for every step.
+
+    Raises:
+        RecipeError: for an unknown optimizer or setting, or a weight decay that the optimizer does not have.
+        ModelError: where the model does not have the plan's parameters.
+
+    Example:
+        >>> from lehr.recipe import Recipe, Stage
+        >>> from lehr.planning import resolve
+        >>> from lehr.run.facts import inspect as look
+        >>> net = nn.Sequential(nn.Linear(4, 2))
+        >>> plan = resolve(Recipe([Stage("1 epoch", train="all", lr=0.1)], optimizer="sgd"), look(net), samples=32)
+        >>> [group["param_names"] for group in optimizer(plan, net).param_groups]
+        [['0.weight', '0.bias']]
+    """
+    cls = _optimizer_class(plan.optimizer)
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.optimizer_settings.items()}
+    accepted = inspect.signature(cls).parameters
+    for key in settings:
+        if key not in accepted:
+            known = [name for name in accepted if name not in ("params", "lr", "weight_decay")]
+            raise RecipeError(f"optimizer: {cls.__name__} has no setting {key!r}{nearest(key, known)} It has: {', '.join(known)}")
+    decays = any(decay for stage in plan.stages for decay in stage.weight_decay.values())
+    if decays and "weight_decay" not in accepted:
+        raise RecipeError(f"optimizer: {cls.__name__} has no weight decay; say weight_decay = 0, or take another optimizer")
+    parameters = dict(unwrap(model).named_parameters())
+    missing = [name for names in plan.groups.values() for name in names if name not in parameters]
+    if missing:
+        raise ModelError(f"the plan trains {missing[0]!r}, which this model does not have; make the plan from this model")
+    first = plan[0]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [(name, parameters[name]) for name in names],
+            "name": group,
+            "lr": first.lr[group],
+            **({"weight_decay": first.weight_decay[group]} if "weight_decay" in accepted else {}),
+        }
+        for group, names in plan.groups.items()
+    ]
+    try:
+        return cls(groups, lr=1.0, **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"optimizer: {cls.__name__} refused its settings {settings}: {error}") from None
+
+
+def apply(step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Make `model` and `optimizer` be as `step` says: what trains, what is frozen, and each group's rate and decay.
+
+    Idempotent and without history: `apply(plan[s], ...); apply(plan[t], ...)` leaves what `apply(plan[t], ...)` leaves. What a step
+    does not train is frozen (`lehr.freeze`): no gradients, eval mode, whatever `model.train()` says. Cheap enough for every step.
+
+    Raises:
+        RecipeError: for an optimizer whose groups are not the plan's (`lehr.optimizer` makes one).
+    """
+    set_trainable(model, step.trainable)
+    for group in optimizer.param_groups:
+        name = group.get("name")
+        if name not in step.lr:
+            raise RecipeError(f"the optimizer has a group {name!r} that the plan does not have; make it with lehr.optimizer(plan, model)")
+        group["lr"] = step.lr[name]
+        if "weight_decay" in group:
+            group["weight_decay"] = step.weight_decay[name]
+
+
+def torch_scheduler(optimizer: torch.optim.Optimizer, curve: Curve) -> LambdaLR:
+    """A torch `LRScheduler` that follows `curve`: each group's rate is its initial rate times `curve(t)`.
+
+    For use inside other trainers; a lehr plan needs none. Call its `step()` once for each update.
+
+    Example:
+        >>> from lehr.schedules import linear
+        >>> sgd = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=2.0)
+        >>> scheduler = torch_scheduler(sgd, linear(0.5).over(steps=2))
+        >>> sgd.step(); scheduler.step(); scheduler.get_last_lr()
+        [1.5]
+    """
+
+    def factor(step: int) -> float:
+        return curve(step)
+
+    return LambdaLR(optimizer, factor)
+
+
+def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """A class of `torch.optim` by its name in any case."""
+    classes = {
+        key.lower(): cls
+        for key, cls in vars(torch.optim).items()
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+    }
+    usable = sorted(set(classes) - set(_NEEDS_CLOSURE))
+    if name.lower() in _NEEDS_CLOSURE:
+        raise RecipeError(f"optimizer: {name!r} evaluates the loss several times a step, which stages do not do; take one of {', '.join(usable)}")
+    if name.lower() not in classes:
+        raise RecipeError(f"optimizer: torch has no {name!r}{nearest(name.lower(), usable)} It has: {', '.join(usable)}")
+    return classes[name.lower()]

@@ -1,0 +1,63 @@
+"""Where the arithmetic happens and in which numbers: device, autocast, and fp16's gradient scale. Nothing here knows a stage."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lehr.errors import RequestError
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """A device and a precision: `"fp32"`, `"bf16"` or `"fp16"`."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which forward passes run."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether reading a number back costs nothing."""
+        return self.device.type == "cpu"
+
+
+def arithmetic(device: str | torch.device = "auto", precision: str = "auto") -> Arithmetic:
+    """Resolve `"auto"`: CUDA, else Apple's MPS, else the CPU; bf16 on a CUDA device that has it, else fp32.
+
+    Raises:
+        RequestError: for a device that is not there, or an unknown precision.
+    """
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise RequestError(f'precision={precision!r}; expected "auto", "fp32", "bf16" or "fp16"')
+    place = _device(device)
+    if precision == "auto":
+        precision = "bf16" if place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return Arithmetic(place, precision)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise RequestError(f'device={str(device)!r}; expected "auto", "cpu", "cuda", "cuda:1" or "mps"') from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f'device="{place}": this machine has no CUDA device that torch can use; say "auto" or "cpu"')
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f'device="{place}": there are {torch.cuda.device_count()} CUDA devices, counted from 0')
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise RequestError('device="mps": this machine has no Apple GPU that torch can use; say "auto" or "cpu"')
+    return place

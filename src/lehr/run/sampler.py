@@ -1,0 +1,163 @@
+"""The order of the data: a pure function of (seed, epoch), and the batches that follow from it.
+
+`Feed` is what the loop draws from. It hides whether samples come from tensors in memory, from a data set (with any number of
+worker processes) or from a data loader that the person made. It must not know models, losses or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from lehr.data.datasets import pure
+from lehr.data.purity import seed_of
+from lehr.errors import DataError
+from lehr.planning import PlannedStage, batches_in
+
+Window = list[tuple[Any, int]]
+_ORDER = 1  # a word of its own in every seed, so that order and augmentation never share one
+_CHUNK = 256  # batches gathered at once from tensors in memory
+
+
+def order(samples: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order in which epoch `epoch` (0-based) visits the samples: a permutation, int64, shape [samples].
+
+    Example:
+        >>> bool((order(10, seed=0, epoch=3).sort().values == torch.arange(10)).all())
+        True
+    """
+    generator = torch.Generator().manual_seed(seed_of(_ORDER, seed, epoch))
+    return torch.randperm(samples, generator=generator)
+
+
+def cut(indices: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
+    """Batches of an order: `batch_size` each, the last short; a lone last sample joins the batch before it.
+
+    Example:
+        >>> [len(batch) for batch in cut(torch.arange(9), 4)]
+        [4, 5]
+    """
+    count = batches_in(len(indices), batch_size)
+    ends = [*(batch_size * k for k in range(1, count)), len(indices)]
+    return [indices[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where batches come from. `samples` in one pass; `batches` is the length of a person's own loader, else None."""
+
+    source: Dataset[Any] | DataLoader[Any]
+    samples: int
+    seed: int = 0
+    workers: int = 0
+    pin: bool = False
+
+    @property
+    def loader(self) -> DataLoader[Any] | None:
+        """The person's own data loader, where there is one."""
+        return self.source if isinstance(self.source, DataLoader) else None
+
+    @property
+    def batches(self) -> int | None:
+        """Batches in one pass over the person's own loader; None where the plan decides."""
+        return None if self.loader is None else len(self.loader)
+
+    def windows(self, stage: PlannedStage, epoch: int) -> Iterator[Window]:
+        """The batches of each step of an epoch, each batch with its number of samples; the last window may be short."""
+        batches = self.ordered(stage.batch_size, epoch) if self.loader is None else iter(self.loader)
+        while window := list(islice(batches, stage.accumulate)):
+            yield [(batch, size_of(batch)) for batch in window]
+
+    def ordered(self, batch_size: int, epoch: int) -> Iterator[Any]:
+        """Batches in the order of `epoch`, augmented with that epoch's view."""
+        return self._drawn(cut(order(self.samples, self.seed, epoch), batch_size), epoch)
+
+    def sequential(self, batch_size: int) -> Iterator[Any]:
+        """Every sample once, in order: for validation."""
+        if self.loader is not None:
+            return iter(self.loader)
+        return self._drawn(list(torch.arange(self.samples).split(batch_size)), 0)
+
+    def _drawn(self, batches: Sequence[torch.Tensor], view: int) -> Iterator[Any]:
+        if type(self.source) is TensorDataset:
+            return _gathered(self.source, batches)
+        self._by_key.batch_sampler.keys = [  # type: ignore[union-attr]  # it is a _Keys
+            [(index, view) for index in batch.tolist()] for batch in batches
+        ]
+        return iter(self._by_key)
+
+    @cached_property
+    def _by_key(self) -> DataLoader[Any]:
+        """Draws samples by (index, view). Its workers live as long as the feed; with a generator of its own it leaves torch's global
+        one untouched, so that nothing depends on how many workers there are.
+        """  # noqa: D205
+        return DataLoader(
+            pure(self.source, self.seed), batch_sampler=_Keys(), num_workers=self.workers, pin_memory=self.pin,
+            persistent_workers=self.workers > 0, generator=torch.Generator().manual_seed(self.seed),
+        )  # fmt: skip
+
+
+class _Keys:
+    """The batch sampler of the workers: the keys of the epoch that is about to begin."""
+
+    def __init__(self) -> None:
+        self.keys: Sequence[Sequence[tuple[int, int]]] = ()
+
+    def __iter__(self) -> Iterator[Sequence[tuple[int, int]]]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """Batches of tensors in memory: gathered in large pieces, which costs a tenth of one at a time."""
+    for first in range(0, len(batches), _CHUNK):
+        some = batches[first : first + _CHUNK]
+        sizes = [len(batch) for batch in some]
+        together = torch.cat(list(some))
+        yield from (list(parts) for parts in zip(*(t[together].split(sizes) for t in source.tensors), strict=True))
+
+
+def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str = "train") -> Feed:
+    """A feed over a map-style data set or a data loader.
+
+    Raises:
+        DataError: for data without a length, without `__getitem__`, or empty.
+    """
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset) or not isinstance(data, DataLoader) and not callable(getattr(data, "__getitem__", None)):
+        raise DataError(f"{what}: {type(data).__name__} has no samples by index; pass a map-style data set or a DataLoader over one")
+    try:
+        samples = len(dataset)
+    except TypeError:
+        raise DataError(f"{what}: {type(dataset).__name__} has no length, so an epoch cannot be planned; give it __len__") from None
+    if not samples or (isinstance(data, DataLoader) and not len(data)):
+        raise DataError(f"{what}: empty; there is nothing to {'train on' if what == 'train' else 'validate with'}")
+    return Feed(data, samples, seed, workers, pin)
+
+
+def size_of(batch: Any) -> int:
+    """The number of samples in a batch: the length of the first tensor found in it.
+
+    Raises:
+        DataError: for a batch without a tensor.
+    """
+    if isinstance(batch, torch.Tensor):
+        return len(batch) if batch.ndim else 1
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    for part in parts:
+        if isinstance(part, (torch.Tensor, dict, list, tuple)):
+            return size_of(part)
+    raise DataError(f"a batch is a {type(batch).__name__} without a tensor; expected tensors, or lists and dicts of them")
+
+
+def samples_in(window: Window) -> int:
+    """The samples of a window of batches."""
+    return sum(size for _, size in window)

@@ -1,0 +1,133 @@
+"""One update: a window of batches becomes one optimizer step. It must not know schedules, epochs or who watches.
+
+The loss of a window is the mean over its samples, so the last short window, and a short last batch in it, count in full. An fp16
+update that the gradient scale refuses is done again on the same window, from the same random state and buffers, at the smaller scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lehr.errors import NonFiniteError, RunError
+from lehr.planning import Plan
+from lehr.run.precision import Arithmetic
+from lehr.run.sampler import Window, samples_in
+from lehr.run.watch import non_finite
+
+Loss = Callable[[nn.Module, Any], "torch.Tensor | Mapping[str, torch.Tensor]"]
+_MOST_TRIES = 40  # 2**40: from the largest useful scale to below 1
+
+
+class Update:
+    """Does one update of `model` on a window of batches, and returns the window's mean loss, detached, on the device.
+
+    Raises:
+        NonFiniteError: for a loss that is not finite (before the weights are touched, where reading it is free), or an fp16 update
+            refused at every scale.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, *, plan: Plan, on: Arithmetic) -> None:
+        self._model, self._optimizer, self._loss = model, optimizer, loss
+        self._plan, self._on = plan, on
+        self._scaler = torch.amp.GradScaler(on.device.type) if on.precision == "fp16" else None
+
+    def __call__(self, window: Window, step: int) -> torch.Tensor:
+        """Do update `step` (its number is for messages only)."""
+        total = samples_in(window)
+        if self._scaler is not None:
+            return self._scaled(self._scaler, window, total, step)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._backward(window, total, step)
+        self._clip()
+        self._optimizer.step()
+        return loss
+
+    def _backward(self, window: Window, total: int, step: int) -> torch.Tensor:
+        """Gradients of the mean loss over the window's samples."""
+        means: list[torch.Tensor] = []
+        for batch, size in window:
+            with self._on.autocast():
+                loss = scalar_loss(self._loss(self._model, placed(batch, self._on.device)))
+            if self._on.synchronous and not math.isfinite(loss.item()):
+                raise NonFiniteError(non_finite(f"the loss is {loss.item()}", step, self._plan))
+            if size != total:
+                loss = loss * (size / total)
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            means.append(loss.detach())
+        return means[0] if len(means) == 1 else torch.stack(means).sum()
+
+    def _clip(self) -> None:
+        if self._plan.clip_norm != math.inf:
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self._plan.clip_norm)
+
+    def _scaled(self, scaler: torch.amp.GradScaler, window: Window, total: int, step: int) -> torch.Tensor:
+        device = self._on.device
+        buffers = [buffer for buffer in self._model.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        for _ in range(_MOST_TRIES):
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = self._backward(window, total, step)
+            scaler.unscale_(self._optimizer)
+            self._clip()
+            scale = scaler.get_scale()
+            scaler.step(self._optimizer)
+            scaler.update()
+            if scaler.get_scale() >= scale:
+                return loss
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            torch.set_rng_state(states[0])
+            if states[1] is not None:
+                torch.cuda.set_rng_state(states[1], device)
+        what = f"the fp16 gradients overflowed {_MOST_TRIES} times in a row, at every scale down to {scaler.get_scale():g}, and they did so"
+        raise NonFiniteError(non_finite(what, step, self._plan))
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> Loss:
+    """The loss of `(inputs, targets)` batches: cross-entropy of `model(inputs)`, shape [N, classes], and class numbers."""
+
+    def loss(model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor]:
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+            raise RunError(f"a batch is a {type(batch).__name__}, not (inputs, targets); pass loss=, a function of (model, batch)")
+        inputs, targets = batch
+        outputs = model(inputs)
+        if not isinstance(outputs, torch.Tensor):
+            raise RunError(f"the model returned a {type(outputs).__name__}, not a tensor; pass loss=, a function of (model, batch)")
+        return {
+            "loss": functional.cross_entropy(outputs, targets, label_smoothing=label_smoothing),
+            "outputs": outputs,
+            "targets": targets,
+        }
+
+    return loss
+
+
+def scalar_loss(returned: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The scalar that is minimised: what a loss function returned, or its `"loss"`."""
+    loss = returned if isinstance(returned, torch.Tensor) else returned.get("loss") if isinstance(returned, Mapping) else None
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(returned).__name__
+        raise RunError(f"the loss function returned {shape}; expected a scalar tensor, or a dict with one as 'loss'")
+    return loss
+
+
+def placed(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`; copies from pinned memory do not wait."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: placed(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        parts = [placed(part, device) for part in batch]
+        return type(batch)(parts) if type(batch) in (list, tuple) else type(batch)(*parts)  # a named tuple
+    return batch

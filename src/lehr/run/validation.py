@@ -1,0 +1,87 @@
+"""Numbers over a data set: weighted by samples, so the same for any batch size; the set is used whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lehr.errors import RunError
+from lehr.journal import Validating
+from lehr.run.precision import Arithmetic
+from lehr.run.sampler import Feed, size_of
+from lehr.run.update import Loss, cross_entropy, placed, scalar_loss
+from lehr.run.watch import REFRESH, Tell
+
+Metrics = Mapping[str, Any]  # name -> torchmetrics.Metric; the package is slow to import and is not needed for the type
+_LOWER_IS_BETTER = ("loss", "error", "perplexity")
+
+
+def validate(
+    model: nn.Module, feed: Feed, loss: Loss | None, metrics: Metrics | None, *, batch_size: int, on: Arithmetic, tell: Tell
+) -> dict[str, float]:
+    """`valid_loss` and every metric as `valid_<name>`, over the whole feed, in eval mode.
+
+    Args:
+        loss: as for `fit`; None is plain cross-entropy, without label smoothing.
+        metrics: torchmetrics by name; None means accuracy, where the loss function shows its outputs and class targets.
+        tell: is told about ten times a second how far it is.
+
+    Raises:
+        RunError: for metrics whose loss function returns no `outputs` and `targets`.
+    """
+    loss = loss or cross_entropy()
+    next_look = time.perf_counter() + REFRESH
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    total, samples = torch.zeros((), dtype=torch.float64 if on.device.type != "mps" else torch.float32, device=on.device), 0
+    try:
+        with torch.no_grad():
+            for batch in feed.sequential(batch_size):
+                size = size_of(batch)
+                with on.autocast():
+                    returned = loss(model, placed(batch, on.device))
+                total += scalar_loss(returned).to(total.dtype) * size
+                samples += size
+                metrics = _counted(returned, metrics, on)
+                if time.perf_counter() >= next_look:
+                    tell(Validating(samples, feed.samples))
+                    next_look = time.perf_counter() + REFRESH
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    values = {"valid_loss": total.item() / samples}
+    for name, metric in (metrics or {}).items():
+        values[f"valid_{name}"] = float(metric.compute())
+        metric.reset()
+    return values
+
+
+def higher_is_better(monitor: str, metrics: Metrics | None) -> bool:
+    """Whether more of a metric is better: losses and errors are not, a torchmetric says so itself."""
+    metric = (metrics or {}).get(monitor.removeprefix("valid_"))
+    if metric is not None and metric.higher_is_better is not None:
+        return bool(metric.higher_is_better)
+    return not any(word in monitor for word in _LOWER_IS_BETTER)
+
+
+def _counted(returned: torch.Tensor | Mapping[str, torch.Tensor], metrics: Metrics | None, on: Arithmetic) -> Metrics | None:
+    """Count a batch into the metrics, which are made at the first batch where the person gave none."""
+    outputs = returned.get("outputs") if isinstance(returned, Mapping) else None
+    targets = returned.get("targets") if isinstance(returned, Mapping) else None
+    if outputs is None or targets is None:
+        if metrics:
+            raise RunError("metrics need what the model said: let the loss function return {'loss': ..., 'outputs': ..., 'targets': ...}")
+        return metrics
+    if metrics is None:
+        if targets.is_floating_point() or outputs.ndim < 2:
+            return {}
+        from torchmetrics.classification import MulticlassAccuracy
+
+        metrics = {"accuracy": MulticlassAccuracy(outputs.shape[1], average="micro").to(on.device)}
+    for metric in metrics.values():
+        metric.update(outputs.float(), targets)
+    return metrics
