@@ -60,7 +60,12 @@ __all__ = [
 
 
 def plan(
-    recipe: Recipe, model: nn.Module | ModelFacts, samples: int, *, batches: int | None = None, head: str | Sequence[str] | None = None
+    recipe: Recipe,
+    model: nn.Module | ModelFacts,
+    samples: int,
+    *,
+    batches: int | None = None,
+    head: str | Sequence[str] | None = None,
 ) -> Plan:
     """The plan of `recipe` for `model` and `samples` training samples; nothing is trained.
 

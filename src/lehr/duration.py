@@ -12,7 +12,8 @@ from lehr.errors import DurationError, nearest
 
 Unit = Literal["epochs", "steps", "%"]
 
-_WRITTEN = re.compile(r"([+-]?[0-9_]*\.?[0-9_]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z]*)")
+_WRITTEN = re.compile(r"([+-]?(?:[0-9][0-9_]*)?\.?[0-9][0-9_]*(?:[eE][+-]?[0-9]{1,2})?)\s*(%|[A-Za-z]*)")
+_LONGEST = 60  # characters; with the two digits of an exponent it keeps every amount small enough to write out
 _UNITS: dict[str, Unit] = {
     "epochs": "epochs", "epoch": "epochs", "steps": "steps", "step": "steps", "%": "%", "percent": "%",
 }  # fmt: skip
@@ -44,9 +45,9 @@ class Duration:
             return text
         if isinstance(text, (int, float)) and not isinstance(text, bool):
             raise DurationError(
-                f'{where}: {text!r} has no unit; write "{text:g} epochs" or "{text:g} steps", or a share such as "10%"'
+                f'{where}: {text!r} has no unit; write "{text} epochs" or "{text} steps", or a share such as "10%"'
             )
-        found = _WRITTEN.fullmatch(text.strip()) if isinstance(text, str) else None
+        found = _WRITTEN.fullmatch(text.strip()) if isinstance(text, str) and len(text) <= _LONGEST else None
         if not found:
             raise DurationError(
                 f'{where}: {text!r} is not a duration; expected a number and a unit: "5 epochs", "400 steps" or "10%"'
@@ -112,7 +113,7 @@ def _decimal(amount: Fraction) -> str:
     digits = 0
     while (amount * 10**digits).denominator != 1:
         digits += 1
-        if digits > 40:
+        if digits > 200:  # more than a text can hold: a fraction such as 1/3, made by hand
             return str(float(amount))
     whole = str(int(amount * 10**digits)).rjust(digits + 1, "0")
     return f"{whole[:-digits]}.{whole[-digits:]}"

@@ -36,7 +36,7 @@ LOSSES_PER_EVENT: Final = 100
 class RunStarted:
     """A run begins: what runs, how long, on how much data, where.
 
-    `samples_valid` is 0 without a validation set. `stages` is 0 where the maker of the event does not say.
+    `samples_valid` is 0 without a validation set; `stages` counts the stages of the plan.
     """
 
     lehr: str
@@ -47,7 +47,7 @@ class RunStarted:
     samples_valid: int
     device: str
     precision: str
-    stages: int = 0
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Validating:
-    """How far the validation is: `done` of `total` batches. Passing, like `Progressed`: not written down."""
+    """How far the validation is: `done` of `total` samples. Passing, like `Progressed`: not written down."""
 
     done: int
     total: int

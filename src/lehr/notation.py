@@ -63,7 +63,7 @@ def read_schedule(written: object, *, where: str = "schedule") -> Schedule:
 def _from_table(table: dict[str, Any], where: str) -> Schedule:
     parts: list[Schedule] = []
     if "warmup" in table:
-        ramp = {key: table.pop(key) for key in ("start", "curve") if key in table}
+        ramp: dict[str, Any] = {key: table.pop(key) for key in ("start", "curve") if key in table}
         parts.append(_call("warmup", (table.pop("warmup"),), ramp, where))
     if "hold" in table:
         parts.append(_call("hold", (table.pop("hold"),), {}, where))
@@ -92,7 +92,7 @@ def _value(node: ast.expr, where: str) -> object:
         return _schedule(node, where)
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         raise ScheduleError(f"{where}: {ast.unparse(node)!r} is neither a number, a text, a list nor a schedule") from None
 
 

@@ -31,12 +31,22 @@ def _stages(plan: Plan, total: int) -> str:
         batch = str(stage.batch_size) + (f" x {stage.accumulate}" if stage.accumulate > 1 else "")
         rows.append(
             (
-                str(stage.index + 1), stage.label, f"{stage.start:,} to {stage.stop:,}", f"{stage.steps:,}",
-                f"{stage.steps / stage.steps_per_epoch:g}", batch, f"{len(plan.trainable(stage))} tensors",
-                f"{trained:,}", _share(trained, total),
+                str(stage.index + 1),
+                stage.label,
+                f"{stage.start:,} to {stage.stop:,}",
+                f"{stage.steps:,}",
+                f"{stage.steps / stage.steps_per_epoch:g}",
+                batch,
+                f"{len(plan.trainable(stage))} tensors",
+                f"{trained:,}",
+                _share(trained, total),
             )  # fmt: skip
         )
-    return "Stages\n" + _table(("", "trains", "steps", "count", "epochs", "batch", "tensors", "parameters", "share"), rows, "rlrrrrrrr")
+    return "Stages\n" + _table(
+        ("", "trains", "steps", "count", "epochs", "batch", "tensors", "parameters", "share"),
+        rows,
+        "rlrrrrrrr",
+    )
 
 
 def _groups(plan: Plan) -> str:
@@ -49,18 +59,27 @@ def _groups(plan: Plan) -> str:
         for stage in plan.stages:
             frozen = not stage.peak_lr[group]
             last = plan[stage.stop - 1].lr[group]
-            row += ["frozen", "", ""] if frozen else [_rate(stage.peak_lr[group]), _rate(last), f"{stage.weight_decay[group]:g}"]
+            row += (
+                ["frozen", "", ""]
+                if frozen
+                else [_rate(stage.peak_lr[group]), _rate(last), f"{stage.weight_decay[group]:g}"]
+            )
         rows.append(row)
-    return "Groups (peak and last rate in each stage, weight decay)\n" + _table(header, rows, "l" + "r" * (len(header) - 1))
+    return "Groups (peak and last rate in each stage, weight decay)\n" + _table(
+        header, rows, "l" + "r" * (len(header) - 1)
+    )
 
 
 def _curves(plan: Plan) -> str:
     lines = []
     for stage in plan.stages:
         parts = ", then ".join(
-            f"{seg.part.shape.name} {_n(seg.stop - seg.start, 'step')} ({_span(stage, seg.start, seg.stop)})" for seg in stage.curve.segments
+            f"{seg.part.shape.name} {_n(seg.stop - seg.start, 'step')} ({_span(stage, seg.start, seg.stop)})"
+            for seg in stage.curve.segments
         )
-        lines.append(f"  {stage.index + 1}  {stage.schedule}\n     = {parts}; an epoch is {_n(stage.steps_per_epoch, 'step')}")
+        lines.append(
+            f"  {stage.index + 1}  {stage.schedule}\n     = {parts}; an epoch is {_n(stage.steps_per_epoch, 'step')}"
+        )
     return "Schedules\n" + "\n".join(lines)
 
 
@@ -74,11 +93,15 @@ def _rest(plan: Plan) -> str:
         f"gradients clipped at norm {plan.clip_norm:g}" if plan.clip_norm != float("inf") else "",
         f"moving average of the weights, decay {plan.ema:g}" if plan.ema else "",
         f"label smoothing {plan.label_smoothing:g}" if plan.label_smoothing else "",
-        f"best by {plan.monitor}" if any(s.restore_best for s in plan.stages) or plan.patience != float("inf") else "",
+        f"best by {plan.monitor}"
+        if any(s.restore_best for s in plan.stages) or plan.patience != float("inf")
+        else "",
         f"restores the best weights after stage {_and(s.index + 1 for s in plan.stages if s.restore_best)}"
         if any(s.restore_best for s in plan.stages)
         else "",
-        f"stops after {plan.patience:g} epochs of the last stage without a new best" if plan.patience != float("inf") else "",
+        f"stops after {plan.patience:g} epochs of the last stage without a new best"
+        if plan.patience != float("inf")
+        else "",
     ]
     return "\n".join(line[0].upper() + line[1:] for line in said if line)
 
@@ -87,7 +110,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> 
     """Columns two spaces apart; `align` has "l" or "r" for each."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
-        "  " + "  ".join(cell.ljust(w) if a == "l" else cell.rjust(w) for cell, w, a in zip(row, widths, align, strict=True)).rstrip()
+        "  "
+        + "  ".join(
+            cell.ljust(w) if a == "l" else cell.rjust(w)
+            for cell, w, a in zip(row, widths, align, strict=True)
+        ).rstrip()
         for row in (header, *rows)
     ]
     return "\n".join(lines)

@@ -294,8 +294,6 @@ class _Settings:
 def _stage_settings(recipe: Recipe, stage: Stage, index: int, facts: ModelFacts) -> _Settings:
     where = f"stages.{index}"
     names = select(stage.train, facts, where=f"{where}.train").names
-    if not names:
-        raise SelectionError(f"{where}.train: {list(stage.train)} trains nothing: all of it was frozen by hand; name it to train it")
     no_decay = _no_decay(recipe, facts)
     layer_decay = recipe.layer_decay if stage.layer_decay is None else stage.layer_decay
     decay = recipe.weight_decay if stage.weight_decay is None else stage.weight_decay
@@ -338,6 +336,11 @@ def _rate_scale(recipe: Recipe, stage: Stage) -> float:
 def _check_min_lr(recipe: Recipe, settings: Sequence[_Settings]) -> None:
     for index, setting in enumerate(settings):
         for name, (rate, _) in setting.by_parameter.items():
+            if rate == 0:  # a rate of 0 means frozen in a plan
+                raise RecipeError(
+                    f"layer_decay: the rate of {name!r} in stages.{index} is too small for a float and would be 0; "
+                    "raise layer_decay, or leave that parameter out of `train`"
+                )
             if recipe.min_lr > rate:
                 raise RecipeError(
                     f"min_lr: {recipe.min_lr:g} lies above the peak rate {rate:g} of {name!r} in stages.{index}; "
@@ -366,9 +369,10 @@ def _groups(
         decays = [any(pair and pair[1] for pair in v) for v in siblings]
         if any(decays) and not any(pair and pair[1] for pair in vector):
             base = f"{base}/no_decay"
-        unique = base
+        unique, twin = base, 1
         while unique in groups:
-            unique = f"{base}#{int(unique.rpartition('#')[2]) + 1 if '#' in unique else 2}"
+            twin += 1
+            unique = f"{base}#{twin}"
         groups[unique] = tuple(names)
     return groups
 

@@ -1,12 +1,12 @@
-"""An observer that draws a run while it runs: a bar on a terminal or in a notebook, plain lines in a file or a pipe.
+"""An observer that draws a run while it runs: a bar on a terminal or in a notebook, plain lines elsewhere.
 
-It draws what the events of `lehr.journal` say and must know nothing else: no model, no tensor, no recipe. It
-draws only when an event comes, so that its cost is set by how often the loop sends `Progressed` (about ten times
-a second) and not by the number of steps. Nothing it writes is wider than the terminal: on a narrow one, the parts
-of a line that are needed least are left out.
+It draws what the events of `lehr.journal` say and must know nothing else: no model, no tensor, no recipe.
+It draws only when an event comes, so that its cost is set by how often the loop sends `Progressed` (about ten
+times a second) and not by the number of steps. Nothing it writes is wider than the terminal: on a narrow one,
+the parts of a line that are needed least are left out.
 
-Losses have four significant digits, other metrics up to 1 four decimals (`0.9412`), rates two digits (`1.0e-03`).
-The file has two halves: `Progress` writes, and `_Words` and the functions below it make texts and change nothing.
+Losses have four significant digits, other metrics up to 1 four decimals (`0.9412`), rates two digits
+(`1.0e-03`). `Progress` writes; `_Words` and the functions below it make texts and change nothing.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ Mode = Literal["auto", "bar", "lines", "off"]
 
 _NAME_ROOM = 24  # columns that a stage's label or the name of a metric or a group may take
 _BAR_ROOM = 6  # columns below which a bar says nothing
+_FILLER = 8  # the rank from which parts of a line only fill it up
 _GROUPS_NAMED = 4  # with more groups than this, the span of their rates is shown instead of each
 _GLUE = "\xa0"  # a space at which no line is broken; written as a space
 _BAR = "\0"  # one column of the bar to be; no name can hold it, since names are shown escaped
@@ -61,9 +62,9 @@ def progress(
         stream: where to; default standard error, and in a notebook standard output.
         mode: "bar" for a bar per epoch that leaves one line, "lines" for that line alone, "off" for nothing;
             "auto" is "bar" on a terminal and in a notebook, "lines" elsewhere (a file, a pipe, `TERM=dumb`).
-        environ: the environment, default `os.environ`. Read are `NO_COLOR`, `TERM`, `COLUMNS` (which wins over
-            the terminal's own width), and the rank: `RANK`, else `LOCAL_RANK`, else `SLURM_PROCID` where
-            `WORLD_SIZE` is set. A process of another rank than 0 draws nothing.
+        environ: the environment, default `os.environ`. Read are `NO_COLOR`, `TERM`, `COLUMNS` (which wins
+            over the terminal's own width), and the rank: `RANK`, else `LOCAL_RANK`, else `SLURM_PROCID`
+            where `WORLD_SIZE` is set. A process of another rank than 0 draws nothing.
         clock: seconds from any start, for the time that is left.
 
     Raises:
@@ -117,7 +118,7 @@ class Progress:
         self._headline: tuple[str, float] | None = None
 
     def __call__(self, event: Event) -> None:
-        """Draw `event`. Where the stream has gone (a closed terminal or pipe), nothing is drawn from then on."""
+        """Draw `event`. Where the stream has gone (a closed terminal), nothing is drawn any more."""
         if self._mode == "off":
             return
         try:
@@ -171,7 +172,7 @@ class Progress:
         room = self._room()
         text = self._bar_text(what, done, total, room)
         # tqdm fills this text as a template; braces are rare in names, and shown as parentheses.
-        text = text.replace("{", "(").replace("}", ")").replace(_BAR * _BAR_ROOM, "{bar}")
+        text = text.replace("{", "(").replace("}", ")").replace(_GLUE, " ").replace(_BAR * _BAR_ROOM, "{bar}")
         columns = None if math.isinf(room) else int(room)
         if self._bar is None:
             self._bar = _tqdm(self._notebook)(
@@ -191,7 +192,7 @@ class Progress:
             self._bar.update(done - self._bar.n)
 
     def _bar_text(self, what: str, done: int, total: int, room: float) -> str:
-        """The bar's line, with `_BAR` where the bar goes; the parts with the lowest ranks are kept longest."""
+        """The bar's line, with `_BAR` where the bar goes; parts of low rank are kept longest."""
         words, last = self._words, self._last
         loss = f" loss={_loss(last.loss)}" if last else ""
         phase = f" {words.dot} validating" if what == "validating" else ""
@@ -199,10 +200,10 @@ class Progress:
         metric = words.metrics(dict([self._headline])) if self._headline else ""
         parts = [
             _Part(0, words.cut(lead, room)),
-            _Part(3, f" |{_BAR * _BAR_ROOM}|"),
-            _Part(6, f"{100 * done // max(total, 1):4d}%"),
+            _Part(2, f" |{_BAR * _BAR_ROOM}|"),
+            _Part(_FILLER, f"{100 * done // max(total, 1):4d}%"),
             _Part(1, loss),
-            _Part(2, f" {metric}" if metric else ""),
+            _Part(3, f" {metric}" if metric else ""),
         ]
         if last and what == "training":
             parts.append(_Part(5, *(f" {text}" for text in words.rates(last.lr))))
@@ -210,7 +211,7 @@ class Progress:
         began, first = self._bar_began
         if done > first:
             left = (self._clock() - began) / (done - first) * (total - done)
-            parts.append(_Part(7, words.joined(f"{tqdm.format_interval(left)} left")))
+            parts.append(_Part(_FILLER, words.joined(f"{tqdm.format_interval(left)} left")))
         return _fit(parts, room)
 
     def _say(self, text: str, colour: str = "", *, keep_bar: bool = False) -> None:
@@ -230,8 +231,9 @@ class Progress:
         self._stream.flush()
 
     def _room(self) -> float:
-        """The columns that a line may take: one less than there are, since some terminals wrap after the last."""
-        if self._notebook and self._mode == "bar" or not self._terminal and self._mode == "lines":
+        """The columns that a line may take: all but the last, after which some terminals wrap."""
+        widget, file = self._notebook and self._mode == "bar", not self._terminal and self._mode == "lines"
+        if widget or file:
             return math.inf
         columns = self._environ.get("COLUMNS", "")
         if columns.isascii() and columns.isdigit() and int(columns) > 0:
@@ -245,7 +247,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Words:
-    """Events in words that a stream can show: `encoding` is the stream's, `unicode` whether it has our signs."""
+    """Events in words that a stream can show: its `encoding`, and whether that has our signs (`unicode`)."""
 
     encoding: str
     unicode: bool
@@ -270,7 +272,7 @@ class _Words:
         return "…" if self.unicode else ".."
 
     def shown(self, text: str) -> str:
-        r"""`text` with every character escaped that is not for show (`\x1b`) or that the stream cannot show."""
+        r"""`text` with every character escaped that is not printable (`\x1b`) or not in the encoding."""
         safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
         return safe.encode(self.encoding, "backslashreplace").decode(self.encoding)
 
@@ -308,20 +310,19 @@ class _Words:
         at_epoch = f"epoch {epoch + 1}" + (f"/{run.total_epochs}" if run else "")
         if stage is None:
             return at_epoch
-        at_stage = f"stage {stage.stage + 1}" + (f"/{run.stages}" if run and run.stages else "")
+        at_stage = f"stage {stage.stage + 1}" + (f"/{run.stages}" if run else "")
         label = min(_NAME_ROOM, max(4, room - len(at_stage) - len(at_epoch) - 4))
         return f"{at_stage} {self.name(stage.label, label)} {self.dot} {at_epoch}"
 
     def run(self, event: RunStarted) -> str:
         parts = [f"{_count(event.total_epochs, 'epoch')}, {_count(event.total_steps, 'step')}"]
-        parts.append(f"{_count(event.samples_train, 'sample')} to train on")
-        if event.samples_valid:
-            parts.append(f"{_count(event.samples_valid, 'sample')} to validate on")
+        validate = f", {_count(event.samples_valid)} to validate" if event.samples_valid else ""
+        parts.append(_count(event.samples_train, "sample") + validate)
         parts.append(f"{self.shown(event.device)}{_GLUE}{self.shown(event.precision)}")
         return f" {self.dot} ".join(parts)
 
     def stage(self, event: StageStarted, run: RunStarted | None) -> str:
-        of = f"/{run.stages}" if run and run.stages else ""
+        of = f"/{run.stages}" if run else ""
         share = event.trained_parameters / max(event.total_parameters, 1)
         trains = f"{_count(event.trained_parameters)} of {_count(event.total_parameters, 'parameter')}"
         return f" {self.dot} ".join(
@@ -340,7 +341,7 @@ class _Words:
         headline = _headline(event.metrics)
         parts = [
             _Part(0, f"epoch {number} {self.dot}"),
-            _Part(2, f" train_loss={_loss(event.train_loss)}"),
+            _Part(3, f" train_loss={_loss(event.train_loss)}"),
         ]
         for name, value in event.metrics.items():
             rank = 1 if headline and name == headline[0] else 4
@@ -349,7 +350,7 @@ class _Words:
         parts.append(_Part(6, self.joined(_speed(event.samples_per_second))))
         parts.append(_Part(5, self.joined(_seconds(event.seconds))))
         if event.best:
-            parts.append(_Part(3, self.joined("best")))
+            parts.append(_Part(2, self.joined("best")))
         return _fit(parts, room)
 
     def note(self, event: Note) -> str:
@@ -368,7 +369,7 @@ class _Words:
         text = "done" if event.reason == "length" else f"done ({self.shown(event.reason)})"
         text += self.joined(f"{_count(event.step, 'step')} in {_seconds(event.seconds)}")
         if event.best_epoch is not None:
-            text += self.joined(f"best epoch {event.best_epoch + 1}")
+            text += self.joined(f"best epoch{_GLUE}{event.best_epoch + 1}")
         return text + self.joined(self.metrics(event.metrics))
 
     def failed(self, event: RunFailed) -> str:
@@ -377,7 +378,7 @@ class _Words:
 
 
 class _Part(NamedTuple):
-    """A part of a line: how soon it must go (0 last), its text, and a shorter text for less room."""
+    """A part of a line: how soon it must go (rank 0 never), its text, and a shorter text for less room."""
 
     rank: int
     text: str = ""
@@ -385,15 +386,26 @@ class _Part(NamedTuple):
 
 
 def _fit(parts: Sequence[_Part], room: float) -> str:
-    """The parts that fit into `room` columns, chosen by rank, in the order they stand; rank 0 always stays."""
-    chosen = {index: part.text for index, part in enumerate(parts) if part.rank == 0}
-    used = sum(map(_width, chosen.values()))
-    for index, part in sorted(enumerate(parts), key=lambda item: item[1].rank):
-        text = next((text for text in part[1:] if used + _width(text) <= room), "")
-        if index not in chosen:
+    """The parts that fit into `room` columns, in the order they stand.
+
+    They are chosen by rank up to the first that does not fit, so that the order in which parts go is the same
+    at every width; from `_FILLER` on they are taken wherever there is room for them.
+
+    >>> parts = [_Part(0, "epoch 1"), _Part(2, " lr=0.1"), _Part(1, " valid_accuracy=0.9"), _Part(9, " 50%")]
+    >>> _fit(parts, 40), _fit(parts, 27), _fit(parts, 20)
+    ('epoch 1 lr=0.1 valid_accuracy=0.9 50%', 'epoch 1 valid_accuracy=0.9', 'epoch 1 50%')
+    """
+    chosen, used, full = [""] * len(parts), 0, False
+    for index in sorted(range(len(parts)), key=lambda index: parts[index].rank):
+        rank, text, shorter = parts[index]
+        fitting = [choice for choice in (text, shorter) if choice and used + _width(choice) <= room]
+        if rank == 0:
             chosen[index] = text
-            used += _width(text)
-    return "".join(chosen[index] for index in sorted(chosen))
+        elif fitting and (not full or rank >= _FILLER):
+            chosen[index] = fitting[0]
+        full = full or bool(text and not chosen[index])
+        used += _width(chosen[index])
+    return "".join(chosen)
 
 
 def _fold(text: str, room: float, indent: str = "  ") -> list[str]:
@@ -500,7 +512,7 @@ def _percent(share: float) -> str:
 
 
 def _rank(environ: Mapping[str, str]) -> str:
-    """The rank of this process; Slurm's number counts only in a distributed run, for it also numbers a sweep."""
+    """This process's rank. Slurm's number counts in a distributed run only, for it also numbers a sweep."""
     slurm = environ.get("SLURM_PROCID", "0") if "WORLD_SIZE" in environ else "0"
     return environ.get("RANK") or environ.get("LOCAL_RANK") or slurm
 
@@ -512,7 +524,7 @@ def _in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
-def _tqdm(notebook: bool) -> type[tqdm[None]]:
+def _tqdm(notebook: bool) -> Callable[..., tqdm[None]]:
     """The bar's class: tqdm.auto only where it would draw a widget, since elsewhere importing it warns."""
     if notebook and importlib.util.find_spec("ipywidgets"):
         from tqdm.auto import tqdm as widget

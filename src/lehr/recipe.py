@@ -6,6 +6,7 @@ much data there is; `planning.py` brings them together. Every mistake is a `Reci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, fields
 from pathlib import Path
@@ -76,18 +77,27 @@ def _rate(said: object) -> float | dict[str, float]:
 
 def _positive(said: object, what: str) -> float:
     if isinstance(said, bool) or not isinstance(said, (int, float)) or not 0 < said < float("inf"):
-        raise ValueError(f"{said!r}; expected a {what} above 0, such as 1e-3")
+        raise ValueError(f"{said!r}; expected a {what} above 0, a number such as 1e-3")
     return float(said)
 
 
 def _optimizer(said: object) -> str | dict[str, Any]:
     table = {"name": said} if isinstance(said, str) else said
-    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str) or not table["name"]:
         raise ValueError(f'{said!r}; expected a name such as "adamw", or a table {{ name = "sgd", momentum = 0.9 }}')
     for key, place in _OWN_PLACE.items():
         if key in table:
             raise ValueError(f"{key!r} does not stand in the optimizer; it is said in {place}")
-    return said if isinstance(said, str) else dict(table)
+    return said if isinstance(said, str) else {key: _setting(key, value) for key, value in table.items()}
+
+
+def _setting(key: str, value: object) -> object:
+    """A keyword of the optimizer as TOML and JSON hold it: a tuple is a list, and there is no None and no infinity."""
+    if isinstance(value, (list, tuple)):
+        return [_setting(key, item) for item in value]
+    if isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(f"{key}={value!r}; expected a finite number, a text, true or false, or a list of them; leave out what is None")
 
 
 Length = Annotated[str, PlainValidator(_duration), AfterValidator(_stage_length)]
@@ -209,7 +219,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as TOML; `load_recipe` reads it back as an equal recipe."""
-        return tomlkit.dumps(self.to_dict())
+        return str(tomlkit.dumps(self.to_dict()))
 
 
 def recipe_from(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -233,7 +243,7 @@ def load_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> Recipe:
         RecipeError: where the file cannot be read, is no TOML, or says something that cannot be, naming file and key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}; `lehr init DATA` writes a recipe to start from") from None
@@ -251,7 +261,7 @@ def overridden(table: Mapping[str, Any], settings: Sequence[str]) -> dict[str, A
         >>> overridden({"stages": [{"lr": 1e-4}]}, ["stages.0.lr=1e-3", "optimizer=sgd"])
         {'stages': [{'lr': 0.001}], 'optimizer': 'sgd'}
     """
-    out = _copied(dict(table))
+    out: dict[str, Any] = _copied(dict(table))
     for setting in settings:
         key, equals, written = setting.partition("=")
         if not equals or not key.strip():
@@ -272,7 +282,7 @@ def overridden(table: Mapping[str, Any], settings: Sequence[str]) -> dict[str, A
 
 def _step_into(target: Any, part: str, setting: str) -> Any:
     if isinstance(target, list):
-        if not part.isdigit() or int(part) >= len(target):
+        if not part.isdecimal() or int(part) >= len(target):
             raise RecipeError(f"--set {setting}: there are {len(target)} entries, 0 to {len(target) - 1}; {part!r} is none of them")
         return target[int(part)]
     if not isinstance(target, dict):
@@ -333,9 +343,14 @@ def _finding(found: dict[str, Any], cls: type) -> str:
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{place}: missing; " + _EXAMPLE.get(place.rsplit(".", 1)[-1], "it has no default, so write it")
     if kind == "value_error":
-        return ": ".join(filter(None, (place, str(found["ctx"]["error"]))))
+        said = str(found["ctx"]["error"]).removeprefix("duration: ").removeprefix("schedule: ")  # the place says it
+        return ": ".join(filter(None, (place, said)))
     if kind == "unexpected_positional_argument":
-        return f"{found['input']!r}; only {fields(cls)[0].name!r} may stand without its name: write train={found['input']!r} or the like"
+        names = [f.name for f in fields(cls)]
+        meant = names[loc[0]] if isinstance(loc[0], int) and loc[0] < len(names) else names[1]
+        return f"{found['input']!r}; only {names[0]!r} may stand without its name: write {meant}={found['input']!r} or the like"
+    if place == "stages":
+        return f"stages: {found['input']!r}; expected a list of stages: [[stages]] in TOML, stages=[lehr.Stage(...)] in Python"
     return f"{place}: {found['input']!r}; {found['msg'][0].lower()}{found['msg'][1:]}"
 
 

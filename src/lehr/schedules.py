@@ -117,12 +117,12 @@ class Segment:
         """Where the segment ends: the value of its shape at position n."""
         return float(self.part.shape.values(np.array([float(self.n)]), self.n, self._unit)[0])
 
-    def _unit(self, length: Duration) -> int:
+    def _unit(self, length: Duration, whole: int) -> int:
         if self.part.per == "epoch":
             if length.unit == "steps":
                 raise ScheduleError(f'{self.part}: "{length}" is counted in steps, the part in epochs; write epochs')
-            return length.steps(whole=self.n, steps_per_epoch=1, where=str(self.part))
-        return length.steps(whole=self.n, steps_per_epoch=self.steps_per_epoch, where=str(self.part))
+            return length.steps(whole=whole, steps_per_epoch=1, where=str(self.part))
+        return length.steps(whole=whole, steps_per_epoch=self.steps_per_epoch, where=str(self.part))
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ class Curve:
 
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("steps_per_epoch", self.steps_per_epoch)):
-            if value is not None and value < 1:
-                raise ScheduleError(f"{self.schedule}: over {name}={value}; expected a whole number of at least 1")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1):
+                raise ScheduleError(f"{self.schedule}: over {name}={value!r}; expected a whole number of at least 1")
         self.segments  # noqa: B018 - resolve now, so that what cannot be is refused here and not at the first call
 
     @cached_property
@@ -181,12 +181,12 @@ class Curve:
                 else (flat >= segment.start) & (flat < segment.stop)
             )
             out[here] = segment.values(flat[here])
-        return out.reshape(steps.shape) if isinstance(step, np.ndarray) else float(out[0])
+        return out.reshape(steps.shape) if steps.ndim or isinstance(step, np.ndarray) else float(out[0])
 
     @property
     def end(self) -> float:
-        """The factor at every step from `steps` on."""
-        return self.segments[-1].end
+        """The factor at every step from `steps` on; 1 where no part got a step, such as a warm-up of zero steps."""
+        return self.segments[-1].end if self.segments else 1.0
 
 
 def _lengths(schedule: Schedule, steps: int, steps_per_epoch: int | None) -> list[int]:
@@ -239,7 +239,10 @@ def _written(value: object) -> str:
         return f'"{value}"'
     if isinstance(value, tuple):
         return f"[{', '.join(_written(item) for item in value)}]"
-    return repr(value) if isinstance(value, (int, float)) else str(Part(value))  # type: ignore[arg-type]  # a shape
+    if isinstance(value, (int, float)):
+        # Equal numbers print equally (2.0 as 2), and numpy's as Python's.
+        return repr(int(value) if float(value).is_integer() and abs(value) < 2**53 else float(value))
+    return str(Part(value))  # type: ignore[arg-type]  # a shape
 
 
 # ---------------------------------------------------------------------------------------------- constructors
@@ -335,6 +338,8 @@ def step_decay(at: Sequence[str], by: float = 0.1, *, length: str | None = None,
         >>> step_decay(at=["1 step", "3 steps"]).over(steps=4)(np.arange(4)).round(6)
         array([1.  , 0.1 , 0.1 , 0.01])
     """
+    if isinstance(at, str) or not isinstance(at, Sequence):
+        raise ScheduleError(f'step_decay: at={at!r}; expected a list of durations, for example at=["30 epochs", "60 epochs"]')
     return _single(shapes.StepDecay(tuple(Duration.parse(d, where="step_decay(at=...)") for d in at), by), length, per)
 
 
@@ -372,7 +377,9 @@ def restarts(
         >>> restarts("2 steps", grow=2, decay=0.5).over(steps=6)(np.arange(7)).round(3)
         array([1.   , 0.5  , 0.5  , 0.427, 0.25 , 0.073, 0.   ])
     """
-    inner = shape or cosine()
+    inner = cosine() if shape is None else shape
+    if not isinstance(inner, Schedule):
+        raise ScheduleError(f"restarts: shape={inner!r}; expected a schedule, for example shape=cosine(0.01)")
     if len(inner.parts) != 1 or inner.parts[0].length is not None or inner.parts[0].per != "step":
         raise ScheduleError(f"restarts: shape={inner}; expected one part without length= and per=, for example cosine(0.01)")
     said = Duration.parse(first, where="restarts(first=...)")

@@ -122,10 +122,10 @@ def partition(patterns: Sequence[str], names: Iterable[str], facts: ModelFacts, 
     Raises:
         SelectionError: where two patterns claim one parameter, none does, or a pattern claims nothing of `names`.
     """
-    wanted = tuple(names)
+    wanted = dict.fromkeys(names)
     owner: dict[str, str] = {}
     for pattern in patterns:
-        claimed = [name for name in _match(pattern, facts, where) if name in set(wanted)]
+        claimed = [name for name in _match(pattern, facts, where) if name in wanted]
         if not claimed:
             raise SelectionError(
                 f"{where}: {pattern!r} names nothing that this stage trains; leave it out, or add it to the stage's `train`"
@@ -155,6 +155,11 @@ def _match(pattern: str, facts: ModelFacts, where: str) -> tuple[str, ...]:
     if found is None:
         found = tuple(
             p.name for p in facts.parameters if any(_names(pattern, name) for name in (p.name, *p.aliases))
+        )
+    if not found and pattern == "all" and facts.parameters:
+        raise SelectionError(
+            f"{where}: 'all' leaves out what was frozen by hand, and all of {facts.name} was; "
+            f'name what to train, for example "{facts.parameters[-1].name}" or "*" for everything'
         )
     if not found:
         hint = nearest(pattern, (*ROLES, "last 2 blocks", *facts.modules, *facts.by_name))

@@ -1,7 +1,7 @@
 """The closed forms: each shape is a pure function of the local position `s` of `n`, in float64.
 
 `values(s, n, unit)` takes an array of positions 0 <= s <= n (position n is where the shape ended) and returns factors of the peak
-rate. `unit` turns the durations that a shape carries (`step_decay(at=...)`) into positions. Positions are steps, or epochs for a
+rate. `unit(duration, n)` turns a duration that a shape carries (`step_decay(at=...)`) into positions; a share is one of `n`. Positions are steps, or epochs for a
 part with `per="epoch"`; the shapes cannot tell. This file must not know how parts are joined.
 """
 
@@ -18,7 +18,7 @@ from lehr.duration import Duration
 from lehr.errors import ScheduleError
 
 Array = NDArray[np.float64]
-Unit = Callable[[Duration], int]
+Unit = Callable[[Duration, int], int]
 Curvature = Literal["linear", "quadratic"]
 Anneal = Literal["cosine", "linear"]
 
@@ -27,6 +27,12 @@ def _share(shape: str, key: str, value: float) -> None:
     """Refuse a number that is not a share of the peak."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ScheduleError(f"{shape}: {key}={value!r}; expected a share of the peak rate, from 0 to 1")
+
+
+def _number(shape: str, key: str, value: float, least: float, expected: str) -> None:
+    """Refuse what is no finite number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+        raise ScheduleError(f"{shape}: {key}={value!r}; expected {expected}")
 
 
 def _one_of(shape: str, key: str, value: str, known: tuple[str, ...]) -> None:
@@ -101,8 +107,7 @@ class Polynomial:
 
     def __post_init__(self) -> None:
         _share("polynomial", "floor", self.floor)
-        if not self.power > 0:
-            raise ScheduleError(f"polynomial: power={self.power!r}; expected a number above 0 (1 is linear)")
+        _number("polynomial", "power", self.power, 5e-324, "a number above 0 (1 is linear)")
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
         return self.floor + (1.0 - self.floor) * (1.0 - s / n) ** self.power
@@ -159,7 +164,7 @@ class StepDecay:
             raise ScheduleError('step_decay: at=[] drops nowhere; write where, for example at=["30 epochs", "60 epochs"]')
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
-        drops = np.sort(np.array([unit(at) for at in self.at], dtype=np.float64))
+        drops = np.sort(np.array([unit(at, n) for at in self.at], dtype=np.float64))
         return np.asarray(self.by ** np.searchsorted(drops, s, side="right").astype(np.float64))
 
 
@@ -179,7 +184,7 @@ class OneCycle:
         _one_of("one_cycle", "curve", self.curve, ("cosine", "linear"))
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:
-        peak = unit(self.up)
+        peak = unit(self.up, n)
         if peak > n:
             raise ScheduleError(f'one_cycle: up="{self.up}" is longer than the {n} it is part of')
         rise = self._between(self.start, 1.0, s / max(peak, 1))
@@ -205,13 +210,12 @@ class Restarts:
 
     def __post_init__(self) -> None:
         _share("restarts", "decay", self.decay)
-        if not self.grow >= 1:
-            raise ScheduleError(f"restarts: grow={self.grow!r}; expected 1 or more (2 doubles each cycle)")
+        _number("restarts", "grow", self.grow, 1, "1 or more (2 doubles each cycle)")
         if isinstance(self.shape, (Warmup, Hold, Restarts)):
             raise ScheduleError(f"restarts: shape={self.shape.name} does not come down; use cosine(), linear() or the like")
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:
-        first = unit(self.first)
+        first = unit(self.first, n)
         if first < 1:
             raise ScheduleError(f'restarts: first="{self.first}" is no step; the first cycle needs at least one')
         starts = [0.0]
@@ -220,9 +224,9 @@ class Restarts:
         bounds = np.array(starts)
         # Position n belongs to the cycle that ran last: a schedule that ended does not rise again.
         cycle = np.searchsorted(bounds, np.minimum(s, n - 1), side="right") - 1
+        lengths, peaks = np.diff(bounds)[cycle], self.decay ** cycle.astype(np.float64)
         out = np.empty_like(s)
-        for index in np.unique(cycle):
-            here = cycle == index
-            length = int(bounds[index + 1] - bounds[index])
-            out[here] = self.decay ** float(index) * self.shape.values(s[here] - bounds[index], length, unit)
+        for length in np.unique(lengths):  # not cycle by cycle: there may be as many cycles as steps
+            here = lengths == length
+            out[here] = peaks[here] * self.shape.values((s - bounds[cycle])[here], int(length), unit)
         return out

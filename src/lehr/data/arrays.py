@@ -1,5 +1,4 @@
-"""Arrays of images in memory -> uint8 pixels that Pillow understands, and class indices; and the `.npz` files
-that hold them.
+"""Arrays of images, and the `.npz` files that hold them -> uint8 pixels and class indices.
 
 This file must not know about folders, transforms or torch.
 """
@@ -35,8 +34,7 @@ _ACCEPTED = (
 
 @dataclass(frozen=True)
 class ArrayReader:
-    """Reads item `"NAME/ROW"` from arrays in memory: uint8, (images, height, width) or (images, height,
-    width, 3)."""
+    """Reads item `"NAME/ROW"` from uint8 arrays (images, height, width) or (images, height, width, 3)."""
 
     arrays: Mapping[str, Pixels]
 
@@ -48,8 +46,7 @@ class ArrayReader:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Two halves of images in memory. `valid` is None where there is no validation half yet; labels index
-    `classes`."""
+    """Images in memory and their labels; `valid` is None where there is no validation half yet."""
 
     pixels: dict[str, Pixels]
     classes: tuple[str, ...]
@@ -103,19 +100,23 @@ def load_npz(path: Path) -> Arrays:
 
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        # Opened here: numpy leaves a damaged file open. Asked here: it takes any other file for a pickle.
+        with path.open("rb") as opened:
+            if not zipfile.is_zipfile(opened):
+                raise zipfile.BadZipFile("it is no zip archive")
+            with np.load(opened, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
     except PermissionError as error:
         raise DataError(f"{shown(str(path))} cannot be read: permission denied") from error
-    except (OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise DataError(
-            f"{shown(str(path))} is not a whole .npz file ({shown(str(error))}); write it with numpy.savez"
-        ) from error
     except ValueError as error:
         raise DataError(
-            f"{shown(str(path))} cannot be read safely ({shown(str(error))}); Python objects are "
-            "never unpickled: "
-            "save images and labels as numbers, and class names as numpy.array(names, dtype=str)"
+            f"{shown(str(path))} cannot be read safely ({shown(str(error))}); Python objects are never "
+            "unpickled: save images and labels as numbers, and class names as numpy.array(names, dtype=str)"
+        ) from error
+    except Exception as error:  # damage shows as BadZipFile, OSError, EOFError, zlib.error and more
+        raise DataError(
+            f"{shown(str(path))} is not a whole .npz file ({shown(str(error))}); write it with numpy.savez"
         ) from error
 
 
@@ -228,8 +229,7 @@ def _as_labels(labels: npt.NDArray[Any], count: int, where: str) -> npt.NDArray[
 def _as_classes(
     labels: Sequence[npt.NDArray[Any]], named: npt.NDArray[Any] | None, where: str
 ) -> tuple[tuple[str, ...], list[list[int]]]:
-    """Class names, and each half's labels as indices of them: as named by the file, else the labels
-    themselves, sorted."""
+    """Class names (the file's own, else the labels, sorted), and each half's labels as indices of them."""
     values = sorted(
         {value for half in labels for value in half.tolist()},
         key=lambda value: (isinstance(value, str), value),

@@ -1,5 +1,4 @@
-"""Every image of a folder is decoded once before training, so that a bad file stops nothing in the middle of
-the night.
+"""Every image of a folder is decoded once before training, so that no bad file stops a run half way.
 
 Threads do it (decoders release the interpreter). This file turns files into findings; it must not know about
 classes or halves.
@@ -25,8 +24,7 @@ _CHUNK = 32  # files a task: enough to make a task's own cost vanish, few enough
 
 @dataclass(frozen=True)
 class Checked:
-    """One file after its check: its size (height, width) and channels where it is an image, else why it is
-    none."""
+    """One file after its check: (height, width) and channels where it is an image, else its problem."""
 
     path: str
     size: tuple[int, int] | None = None
@@ -60,39 +58,20 @@ def check_files(root: Path, paths: Sequence[str], progress: Progress | None = No
 
 
 def notes_on(checked: Iterable[Checked]) -> list[Finding]:
-    """One note for each kind of thing that was done to images, with how many files it concerns and the first
-    of them."""
+    """One note for each kind of thing that was done to images: how many files, and the first of them."""
     by_kind: dict[str, list[str]] = {}
     for file in checked:
         for kind in file.done:
             by_kind.setdefault(kind, []).append(file.path)
-    return [
-        Finding(
-            paths[0],
-            f"{kind} ({_files(len(paths))})",
-            fatal=False,
-            detail="" if len(paths) == 1 else "the first",
-        )
-        for kind, paths in sorted(by_kind.items())
-    ]
+    return [note for kind, paths in sorted(by_kind.items()) for note in one_note(paths, kind)]
 
 
-def ignored(paths: Sequence[str], why: str) -> list[Finding]:
-    """One note on files that are left alone, or none where there are none."""
+def one_note(paths: Sequence[str], why: str, *, units: tuple[str, str] = ("file", "files")) -> list[Finding]:
+    """One note on many files: why, how many, and the first of them; none where there are none."""
     if not paths:
         return []
-    return [
-        Finding(
-            paths[0],
-            f"{why} ({_files(len(paths))})",
-            fatal=False,
-            detail="" if len(paths) == 1 else "the first",
-        )
-    ]
-
-
-def _files(count: int) -> str:
-    return f"{count} file{'s'[: count != 1]}"
+    what = f"{why} ({len(paths)} {units[len(paths) > 1]})"
+    return [Finding(paths[0], what, fatal=False, detail="the first" if len(paths) > 1 else "")]
 
 
 def _check(root: Path, path: str) -> Checked:

@@ -26,8 +26,7 @@ _PIXELS = 3 * 32 * 32
 
 
 def cifar_folder(folder: Path) -> Path | None:
-    """The folder that holds CIFAR-10's files: `folder` itself or the one inside it, or None where there are
-    none."""
+    """The folder that holds CIFAR-10's files: `folder`, or the one inside it, or None."""
     for place in (folder, *(folder / name for name in _FOLDERS)):
         if any((place / f"{name}{suffix}").is_file() for name in _BATCHES for suffix in ("", ".bin")):
             return place
@@ -171,12 +170,12 @@ class _Dtype:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.code).newbyteorder("=" if self.order == "|" else self.order)  # type: ignore[arg-type]
+        order = {"<": "<", ">": ">"}.get(self.order, "=")
+        return np.dtype(f"{order}{self.code}")
 
 
 class _Array:
-    """Stands in for `numpy.ndarray`: takes the bytes of an array and makes the array from them without
-    numpy's own unpickling."""
+    """Stands in for `numpy.ndarray`: makes an array from its bytes, without numpy's own unpickling."""
 
     def __init__(self, *_: object) -> None:
         self.values: npt.NDArray[Any] = np.empty(0)
@@ -214,8 +213,7 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Looks up nothing: the five names that arrays are spelled with have stand-ins, every other name is
-    refused."""
+    """Looks up nothing: five names that arrays are spelled with have stand-ins, all others are refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:

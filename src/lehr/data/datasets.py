@@ -1,5 +1,4 @@
-"""Map-style datasets whose samples are pure: (seed, view, index) decides every bit, in any process and in any
-order.
+"""Map-style datasets whose samples are pure: (seed, view, index) decides every bit of them.
 
 `ImageSamples` is what `Data.train` and `Data.valid` give; `pure` makes any other map-style dataset behave the
 same. Both take an index (view 0) or a pair (index, view), so a sampler of pairs drives them through a
@@ -9,11 +8,11 @@ DataLoader. This file must not know how an image is stored, nor who draws the in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar, final
+from typing import Any, TypeAlias, final
 
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from lehr.data.augment import Pipeline
 from lehr.data.listing import Item
@@ -22,12 +21,11 @@ from lehr.errors import DataError
 
 Key: TypeAlias = "int | tuple[int, int]"
 Reader: TypeAlias = "Callable[[str, int], Image.Image]"
-T = TypeVar("T")
 
 
 @final
 class ImageSamples(Dataset[tuple[Tensor, int]]):
-    """Images of one half with their class indices: `samples[i]`, `samples[i, view]`, or `samples.sample(i,
+    """Images of one half and their class indices: `samples[i]`, `samples[i, view]`, `samples.sample(i,
     view)`.
 
     `items` are the samples in order and `pipeline` what is done to each; both are for reading only. An index
@@ -62,6 +60,10 @@ class ImageSamples(Dataset[tuple[Tensor, int]]):
             seed_torch(seed_of(self.seed, view, index % len(self.items)))
             return self.pipeline(image), item.label
 
+    def part(self, indices: Sequence[int]) -> ImageSamples:
+        """The samples of `indices`, in that order, as a dataset of its own; they are numbered anew."""
+        return ImageSamples([self.items[i] for i in indices], self._read, self.pipeline, seed=self.seed)
+
     @property
     def targets(self) -> tuple[int, ...]:
         """The class index of every sample, without reading an image."""
@@ -70,8 +72,7 @@ class ImageSamples(Dataset[tuple[Tensor, int]]):
 
 @final
 class Pure(Dataset[Any]):
-    """Another dataset, made pure: the three generators are seeded before each of its samples is taken. Made
-    by `pure`."""
+    """Another dataset, made pure by `pure`: three generators are seeded before each sample is taken."""
 
     def __init__(self, dataset: Dataset[Any], *, seed: int, draws: bool) -> None:
         self.dataset = dataset
@@ -87,8 +88,7 @@ class Pure(Dataset[Any]):
         return self.sample(index, view)
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Any]:
-        """The samples of one batch; a DataLoader calls this, so that the random states are kept once a
-        batch."""
+        """The samples of one batch: a DataLoader calls this, and the random states are kept but once."""
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
         if not self._draws:
             return [self.dataset[index] for index, _ in pairs]
@@ -108,8 +108,9 @@ class Pure(Dataset[Any]):
 
 
 def pure(dataset: Dataset[Any], seed: int) -> ImageSamples | Pure:
-    """`dataset` with samples that depend on (seed, view, index) alone; lehr's own are pure already and come
-    back as they are.
+    """`dataset` with samples that depend on (seed, view, index) alone.
+
+    lehr's own are pure already and come back as they are; so does a `Subset` of them, as a half of its own.
 
     What a dataset draws from torch's CPU generator, `random` or `numpy.random` becomes repeatable; generators
     that it keeps for itself do not. A `TensorDataset` draws nothing and is not seeded.
@@ -119,16 +120,17 @@ def pure(dataset: Dataset[Any], seed: int) -> ImageSamples | Pure:
     """
     if isinstance(dataset, ImageSamples | Pure):
         return dataset
+    if type(dataset) is Subset and isinstance(dataset.dataset, ImageSamples):
+        return dataset.dataset.part(dataset.indices)  # a Subset asks for single indices, so for view 0 alone
     try:
         if isinstance(dataset, IterableDataset):
             raise TypeError("it can only be iterated")
         len(dataset)  # type: ignore[arg-type]
-        if not callable(type(dataset).__getitem__):  # type: ignore[redundant-expr]
+        if not callable(type(dataset).__getitem__):
             raise TypeError("it has no samples by index")
     except (TypeError, AttributeError, NotImplementedError) as error:
         raise DataError(
             f"a dataset of type {type(dataset).__name__} ({error}); expected a map-style one, with "
-            "len(dataset) and dataset[index], "
-            "because the order of samples is planned before they are read"
+            "len(dataset) and dataset[index], because the order of samples is planned before they are read"
         ) from error
     return Pure(dataset, seed=seed, draws=type(dataset) is not TensorDataset)

@@ -8,6 +8,7 @@ that an image has the same pixels whatever they are wanted for.
 from __future__ import annotations
 
 import struct
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
@@ -61,8 +62,7 @@ _TURNS = {  # the EXIF orientation tag -> what makes the picture upright
 
 
 class UnreadableError(Exception):
-    """Why a file gives no image: `what` is the same for all files of that kind, `detail` is particular to
-    one.
+    """Why a file gives no image: `what` is the same for all such files, `detail` is particular to one.
 
     `image` is False where nothing suggests that the file was meant to be an image. Never leaves this package.
     """
@@ -74,8 +74,7 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright image in mode L or RGB, and what was done to get there (one phrase each; none for plain grey
-    and RGB)."""
+    """An upright image in mode L or RGB, and what was done to get there: nothing for plain grey and RGB."""
 
     image: Image.Image
     done: tuple[str, ...]
@@ -108,6 +107,17 @@ def read_picture(path: Path) -> Picture:
     Raises:
         UnreadableError: where there is no image to be had.
     """
+    try:
+        return _read(path)
+    except (
+        Warning
+    ):  # where warnings are errors: what Pillow warns about (odd metadata) is no reason to refuse
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _read(path)
+
+
+def _read(path: Path) -> Picture:
     suffix = path.suffix.lower()
     if suffix in _CAMERA_RAW:  # several open as TIFF and would give their thumbnail
         raise UnreadableError(
@@ -121,25 +131,28 @@ def read_picture(path: Path) -> Picture:
                 _refuse_bomb(image.size)
                 image.load()
                 return _picture(image, suffix)
-    except UnreadableError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableError(_BOMB, str(error).split(",")[0]) from error
+    except (UnreadableError, Warning):
         raise
     except PermissionError as error:
         raise UnreadableError("cannot be read: permission denied") from error
     except FileNotFoundError as error:
         raise UnreadableError("no such file (or a link that leads nowhere)") from error
-    except UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:  # before OSError, for it is one
         known = suffix in _FORMAT_OF or suffix in _FOREIGN
         raise UnreadableError(
             f"not an image of a known format ({', '.join(FORMATS)})", image=known
         ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableError(_BOMB, str(error).split(",")[0]) from error
-    except (
-        Exception
-    ) as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more
-        raise UnreadableError("broken or truncated image", str(error) or type(error).__name__) from error
+    except OSError as error:
+        if error.errno is not None:  # the system's own, such as a loop of links; decoders give no number
+            raise UnreadableError("cannot be read", error.strerror or str(error)) from error
+        raise UnreadableError(_BROKEN, str(error)) from error
+    except Exception as error:  # decoders raise SyntaxError, ValueError, struct.error, EOFError and more
+        raise UnreadableError(_BROKEN, str(error) or type(error).__name__) from error
 
 
+_BROKEN = "broken or truncated image"
 _BOMB = "so many pixels that it may be a decompression bomb"
 
 
@@ -166,8 +179,7 @@ _TEXT = frozenset({9, 10, 12, 13, *range(32, 127)})
 
 
 def _refuse_bomb(size: tuple[int, int]) -> None:
-    """Pillow only warns up to twice its limit, and whether a warning stops anything depends on who runs
-    us."""
+    """Pillow only warns up to twice its limit, and whether a warning stops anything is for others to say."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and size[0] * size[1] > limit:
         raise UnreadableError(_BOMB, f"{size[0]} x {size[1]} pixels; the limit is {limit}")
@@ -230,8 +242,7 @@ def _from_16_bit(values: npt.NDArray[np.generic]) -> Image.Image:
 
 
 def _from_numbers(values: npt.NDArray[np.generic], form: str | None) -> tuple[Image.Image, str]:
-    """Whole or real numbers of unknown range -> 8 bits: by the range that they seem to have, stretched where
-    they have none."""
+    """Numbers of unknown range -> 8 bits: by the range that they seem to have, else stretched."""
     if not np.isfinite(values).all():
         raise UnreadableError("an image with values that are not finite numbers")
     numbers = values.astype(np.float64)

@@ -33,8 +33,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One sample: `path` relative to the source (`"daisy/1.jpg"`, or array and row: `"x_train/17"`), and its
-    class's index."""
+    """One sample: its path in the source (`"daisy/1.jpg"`, or `"x_train/17"`) and its class index."""
 
     path: str
     label: int
@@ -68,12 +67,15 @@ class Listing:
         return {name: (train[label], valid[label]) for label, name in enumerate(self.classes)}
 
     def notes(self) -> tuple[str, ...]:
-        """What was noticed without being fatal: one printable line each."""
-        return tuple(one_line(finding) for finding in self.findings if not finding.fatal)
+        """What was noticed without being fatal, as printable lines: one a note, or one for many of a kind."""
+        groups: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            if not finding.fatal:
+                groups.setdefault(finding.what, []).append(finding)
+        return tuple(line for what, group in groups.items() for line in _note_lines(what, group))
 
     def to_json(self) -> dict[str, Any]:
-        """The listing as a dict of plain values, ready for `json.dumps`; `from_json` gives an equal listing
-        back."""
+        """The listing as a dict for `json.dumps`; `from_json` gives an equal listing back."""
         values = {name: getattr(self, name) for name in ("source", "root", "kind", "split", "channels")}
         return {
             "version": _VERSION,
@@ -126,8 +128,7 @@ def _half_from_json(half: Mapping[str, Sequence[Any]]) -> tuple[Item, ...]:
 
 
 def shown(text: str) -> str:
-    r"""`text` safe to print: accents composed (NFC), and whatever a terminal might act on written as an
-    escape.
+    r"""`text` safe to print: accents composed (NFC), what a terminal might act on escaped.
 
     >>> print(shown("new\nline \x1b[2J"))
     new\nline \x1b[2J
@@ -148,6 +149,13 @@ def one_line(finding: Finding) -> str:
     return ": ".join(shown(part) for part in parts if part)
 
 
+def _note_lines(what: str, group: Sequence[Finding]) -> list[str]:
+    """Up to three findings of a kind one by one; more as one line with the first and a count."""
+    if len(group) <= 3:
+        return [one_line(finding) for finding in group]
+    return [f"{shown(what)} ({len(group)} files): {shown(group[0].path)} and {len(group) - 1} more"]
+
+
 def report(source: str, findings: Sequence[Finding], *, lines: int = 20) -> str:
     """The fatal findings as one text: grouped, the files of each group by path, and what to do.
 
@@ -158,7 +166,7 @@ def report(source: str, findings: Sequence[Finding], *, lines: int = 20) -> str:
     for finding in fatal:
         groups.setdefault(finding.what, []).append(finding)
     share = max(1, lines // max(1, len(groups)) - 1)
-    text = [f"{shown(source)}: {len(fatal)} problem{'s'[: len(fatal) != 1]} found before training."]
+    text = [f"{shown(source)}: {len(fatal)} problem{'' if len(fatal) == 1 else 's'} found before training."]
     unsaid = 0
     for what, group in list(groups.items())[: lines // 2]:
         files = [finding for finding in group if finding.path]

@@ -1,5 +1,4 @@
-"""Randomness as a function of numbers: the same seed, view and index give the same draws in any process,
-whatever ran before.
+"""Randomness as a function of numbers: the same numbers, the same draws, in any process.
 
 This file knows the three generators that Python code draws from (torch's on the CPU, `random`,
 `numpy.random`) and nothing of data.
@@ -17,8 +16,7 @@ import torch
 
 
 def seed_of(*numbers: int) -> int:
-    """One number in [0, 2**64) from any whole numbers: spread evenly, and the same on every platform and in
-    every version.
+    """One number in [0, 2**64) from any whole numbers, spread evenly, the same on every platform.
 
     Raises:
         ValueError: for anything but whole numbers.
@@ -32,8 +30,7 @@ def seed_of(*numbers: int) -> int:
 
 
 def seed_torch(seed: int) -> None:
-    """Seeds torch's CPU generator alone: `torch.manual_seed` visits every device and takes a hundred times as
-    long."""
+    """Seeds torch's CPU generator alone; `torch.manual_seed` asks every device: 100 times as long."""
     torch.default_generator.manual_seed(seed)
 
 
@@ -60,8 +57,7 @@ def preserved_torch() -> Iterator[None]:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Restores the states of torch's CPU generator, `random` and `numpy.random` at the end, also after an
-    error.
+    """Restores torch's CPU generator, `random` and `numpy.random` at the end, also after an error.
 
     Costs about 0.1 ms, most of it numpy's: put it around a batch, not around each sample.
     """

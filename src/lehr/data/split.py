@@ -1,5 +1,4 @@
-"""Which samples train and which validate, where the person did not say: stratified, seeded, the same
-everywhere.
+"""Which samples train and which validate, where the person did not say: stratified and seeded.
 
 Every sample gets a number that depends on the seed and on its own path alone; the lowest numbers of each
 class are held out. So the split does not depend on the order of a file system, on the platform or on a
@@ -45,8 +44,7 @@ def split_by_share(
 def split_by_count(
     items: Iterable[Item], *, per_class: int, seed: int
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """The training half of exactly `per_class` samples of each class (fewer where a class has fewer), and all
-    the rest."""
+    """The training half of `per_class` samples of each class (all, where it has fewer), and the rest."""
     return _lowest(items, seed=seed, count=lambda _: per_class)
 
 

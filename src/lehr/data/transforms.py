@@ -84,8 +84,7 @@ class Transform:
         return Pipeline(self, frozenset())
 
     def to_json(self) -> dict[str, Any]:
-        """The transform as a dict of plain values, ready for `json.dumps`; `from_json` gives an equal one
-        back."""
+        """The transform as a dict for `json.dumps`; `from_json` gives an equal one back."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
         }
@@ -101,7 +100,7 @@ class Transform:
         for name in values:
             if name not in known:
                 raise DataError(
-                    f"a transform with {name!r}{nearest(name, known)} Expected: {', '.join(known)}"
+                    f"a transform with {name!r}{nearest(name, known)} Expected {', '.join(known)}"
                 )
         missing = [name for name in known[:4] if name not in values]
         if missing:
@@ -114,12 +113,12 @@ def _check(transform: Transform) -> None:
         if name not in AUGMENTS:
             hint = nearest(str(name), AUGMENTS)
             raise RecipeError(
-                f"augment: {name!r} is not an augmentation{hint} Expected: {', '.join(AUGMENTS)}"
+                f"augment: {name!r} is not an augmentation{hint} Expected {', '.join(AUGMENTS)}"
             )
     if transform.interpolation not in INTERPOLATIONS:
         hint = nearest(str(transform.interpolation), INTERPOLATIONS)
         raise DataError(
-            f"interpolation: {transform.interpolation!r}{hint} Expected: {', '.join(INTERPOLATIONS)}"
+            f"interpolation: {transform.interpolation!r}{hint} Expected {', '.join(INTERPOLATIONS)}"
         )
     if transform.channels not in (1, 3):
         raise DataError(f"channels: {transform.channels!r}; expected 1 (grey) or 3 (RGB)")

@@ -39,7 +39,7 @@ _PRETRAINED_CLASSIFIERS = {"AlexNet": 3, "VGG": 3, "MobileNetV3": 2, "MaxVit": 2
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Head, blocks and depth of a model; `layer` holds the depth of each parameter, 0 at the input to `layers - 1` at the head."""
+    """Head and blocks of a model; `layer` is the depth of each parameter, 0 to `layers - 1` (the head)."""
 
     head: tuple[str, ...]
     blocks: tuple[tuple[str, ...], ...]
@@ -51,10 +51,10 @@ class Anatomy:
 def read(
     model: nn.Module, names: Sequence[str], *, norms: frozenset[str], head: tuple[str, ...] | None = None
 ) -> Anatomy:
-    """The anatomy of an unwrapped model whose parameters have the first names `names`; `head` as given by the
-    person wins.
+    """The anatomy of an unwrapped model whose parameters have the first names `names`.
 
-    `norms` are the names that belong to normalisation layers; `head` holds paths that are known to exist.
+    `norms` are the names that belong to normalisation layers; a `head` that the person gave (paths that are
+    known to exist) wins over what would be found.
     """
     path, core = _core(model)
     paths, said = (head, f"head: {', '.join(head)} (as given)") if head is not None else _head(core)
@@ -95,7 +95,7 @@ def _head(core: nn.Module) -> tuple[tuple[str, ...], str]:
     """The paths of the head inside `core`, and how it was found."""
     classifier = _protocol(core, "timm", "get_classifier")
     if classifier is not None:
-        found = _paths_of(classifier(), core)
+        found = _paths_of(_call(classifier), core)
         return (
             found,
             "timm get_classifier" if found else "timm's get_classifier() gives none (num_classes=0?)",
@@ -116,8 +116,16 @@ def _head(core: nn.Module) -> tuple[tuple[str, ...], str]:
     return (), "none was recognised; say head=... to name it"
 
 
+def _call(classifier: Any) -> object:
+    """What timm's `get_classifier` returns; some models fail there when their head was removed: none."""
+    try:
+        return classifier()
+    except AttributeError:
+        return None
+
+
 def _paths_of(classifier: object, core: nn.Module) -> tuple[str, ...]:
-    """The paths of what timm calls the classifier: one module or several; modules without parameters are none."""
+    """The paths of what timm calls the classifier: one module or several, of those that have parameters."""
     modules = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
     path_of = {module: path for path, module in core.named_modules()}
     return tuple(
@@ -139,7 +147,7 @@ def _named_head(core: nn.Module) -> tuple[str, ...]:
 
 
 def _narrowed(name: str, module: nn.Module, core: nn.Module) -> str:
-    """Inside a Sequential, the one layer with weights; else all of it (its other layers may be as new as the last)."""
+    """Of a Sequential its one layer with weights; else all of it (its other layers may be as new)."""
     if not isinstance(module, nn.Sequential):
         return name
     layers = [path for path, layer in module.named_modules() if isinstance(layer, _WEIGHT_LAYERS)]
@@ -150,7 +158,7 @@ def _narrowed(name: str, module: nn.Module, core: nn.Module) -> str:
 
 
 def _last_layer(module: nn.Module, path: str) -> tuple[str, ...]:
-    """The layer that is last in `module`, if a layer with weights is clearly that; a bare layer is named by its parameters."""
+    """The layer with weights that is clearly last, if any; a bare layer is named by its parameters."""
     inside = structure.children(module)
     if not inside:
         if not isinstance(module, _WEIGHT_LAYERS):

@@ -51,7 +51,9 @@ class Best:
         if not self._monitor:
             return False
         if self._monitor not in row:
-            raise RunError(f"monitor: no metric is called {self._monitor!r}{nearest(self._monitor, row)} There are: {', '.join(row)}")
+            raise RunError(
+                f"monitor: no metric is called {self._monitor!r}{nearest(self._monitor, row)} There are: {', '.join(row)}"
+            )
         value = self._sign * row[self._monitor]
         of_stage = self._stage is None or value > self._stage.value
         of_run = self._run is None or value > self._run.value

@@ -22,7 +22,10 @@ class Ema:
         self._decay = decay
         source, average = _tensors(unwrap(model)), _tensors(self.model)
         floating = [t.is_floating_point() for t in source]
-        self._averaged = [t for t, f in zip(average, floating, strict=True) if f], [t for t, f in zip(source, floating, strict=True) if f]
+        self._averaged = (
+            [t for t, f in zip(average, floating, strict=True) if f],
+            [t for t, f in zip(source, floating, strict=True) if f],
+        )
         self._copied = [(a, s) for a, s, f in zip(average, source, floating, strict=True) if not f]
 
     @torch.no_grad()

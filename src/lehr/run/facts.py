@@ -50,7 +50,8 @@ def inspect(model: nn.Module, *, head: str | Sequence[str] | None = None) -> Mod
 
     Raises:
         ModelError: for something that is no module, a model without parameters, lazy parameters, or
-        parameters of whole numbers. SelectionError: when `head` names nothing in the model.
+            parameters of whole numbers.
+        SelectionError: when `head` names nothing in the model.
 
     Example:
         >>> facts = inspect(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
@@ -88,8 +89,7 @@ def inspect(model: nn.Module, *, head: str | Sequence[str] | None = None) -> Mod
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The person's own module inside the wrappers of `torch.compile`, `DataParallel` and
-    `DistributedDataParallel`.
+    """The person's own module, without the wrappers of `torch.compile` and data parallelism.
 
     Raises:
         ModelError: when `model` is not a module.
@@ -131,19 +131,19 @@ def _refuse_unusable(model: nn.Module, names: dict[nn.Parameter, tuple[str, ...]
     what = type(model).__name__
     if not names:
         raise ModelError(
-            f"{what} has no parameters, so there is nothing to train; make its layers attributes of the module "
-            "(a plain Python list hides them: use nn.ModuleList)"
+            f"{what} has no parameters, so there is nothing to train; make its layers attributes of "
+            "the module (a plain Python list hides them: use nn.ModuleList)"
         )
     for parameter, (name, *_) in names.items():
         if is_lazy(parameter):
             raise ModelError(
-                f"{what}: {name!r} is a lazy parameter that has no shape yet; run one batch through the model first, "
-                "for example `model(inputs)` under torch.no_grad()"
+                f"{what}: {name!r} is a lazy parameter that has no shape yet; run one batch through the "
+                "model first, for example `model(inputs)` under torch.no_grad()"
             )
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise ModelError(
-                f"{what}: {name!r} is of type {parameter.dtype}, which cannot be trained; expected floating point. "
-                "Load the model without quantisation, or keep whole numbers in a buffer (register_buffer)"
+                f"{what}: {name!r} is of type {parameter.dtype}, which cannot be trained; expected floating "
+                "point. Load the model without quantisation, or keep whole numbers in a buffer"
             )
     for name, buffer in model.named_buffers():
         if is_lazy(buffer):
@@ -156,16 +156,14 @@ def _given(
     """The head as the person named it, checked."""
     listed = (head,) if isinstance(head, str) else tuple(head)
     known = [name for aliases in names.values() for name in aliases]
-    paths = dict.fromkeys(
-        ".".join(name.split(".")[:end]) for name in known for end in range(1, name.count(".") + 2)
-    )
+    paths = dict.fromkeys(path for name in known for path in (*structure.above(name), name))
     for path in listed:
         if path not in paths:
             hint = nearest(str(path), paths)
             tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in known))
             raise SelectionError(
-                f"head: {path!r} is no module with parameters and no parameter of {type(model).__name__}{hint} "
-                f"Its top-level parts are: {tops}"
+                f"head: {path!r} is no module with parameters and no parameter of "
+                f"{type(model).__name__}{hint or '.'} Its top-level parts are: {tops}"
             )
     if not listed:
         raise SelectionError("head: an empty list names nothing; leave `head` out to let lehr look for it")
@@ -183,7 +181,7 @@ def _norm_parameters(model: nn.Module) -> frozenset[int]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """By type where possible; else "Norm" in the class name and nothing but vectors of its own (timm, transformers)."""
+    """By type where possible; else by "Norm" in the class name and nothing but vectors of its own."""
     if isinstance(module, _NORMS):
         return True
     own = list(module.parameters(recurse=False))

@@ -1,6 +1,6 @@
 """A run's directory: what is in it, under which name. Nothing in it is a pickle; every file is written aside and renamed into place.
 
-    recipe.toml  plan.json  environment.json  journal.jsonl  best.safetensors
+recipe.toml  plan.json  environment.json  journal.jsonl  best.safetensors
 """
 
 from __future__ import annotations
@@ -42,11 +42,15 @@ class RunFolder:
         """
         folder = Path(path)
         if (folder / "journal.jsonl").exists():
-            raise RequestError(f"{folder}: holds a run already, and nothing is overwritten; choose another directory, or remove it")
+            raise RequestError(
+                f"{folder}: holds a run already, and nothing is overwritten; choose another directory, or remove it"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RequestError(f"{folder}: cannot be made: {error.strerror}; choose another directory") from None
+            raise RequestError(
+                f"{folder}: cannot be made: {error.strerror}; choose another directory"
+            ) from None
         return cls(folder)
 
     @property
@@ -82,7 +86,11 @@ class RunFolder:
 
 def environment(on: Arithmetic) -> dict[str, Any]:
     """Where a run happens: versions and device. No names of people, hosts or folders."""
-    device = torch.cuda.get_device_name(on.device) if on.device.type == "cuda" else platform.processor() or platform.machine()
+    device = (
+        torch.cuda.get_device_name(on.device)
+        if on.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return {
         "lehr": __version__,
         "python": platform.python_version(),

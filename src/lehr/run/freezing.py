@@ -96,8 +96,7 @@ def thaw(
 
 
 def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
-    """Lets exactly the parameters `names` train and freezes everything else, from whatever state the model is
-    in.
+    """Lets exactly the parameters `names` train and freezes everything else, whatever the state before.
 
     Idempotent and without history; meant to be called at every step, so a model that is already as wanted is
     only looked over. Modules that were frozen and now train take the mode that was last asked for with
@@ -120,13 +119,12 @@ def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
     if record is None or record.owner != id(model):  # never seen, wrapped, or a shallow copy
         model = unwrap(model)
         record = model.__dict__.get(_RECORD)
-    if record is None or record.owner != id(model) or not record.holds(names):
+    if record is None or record.owner != id(model) or not record.holds(model, names):
         _settle(model, frozenset(names))
 
 
 class _Pinned:
-    """Stands in for `module.train` while `module` is frozen: whatever mode is asked for, the module stays in
-    eval mode.
+    """Stands in for `module.train` while `module` is frozen: whatever mode is asked for, it stays in eval.
 
     It lies in the module's instance dictionary, so class, `state_dict` and hooks stay as they are, and
     `deepcopy` and pickle carry it over to the copy, whose own it becomes. The module is held weakly so that a
@@ -183,16 +181,18 @@ class _Record:
         self.parameters = list(parameters.values())
         self.wanted = [name in names for name in parameters]
         self.frozen = [parameter for name, parameter in parameters.items() if name not in names]
-        self.pinned = pinned
+        # Without the model itself, which holds this record: a cycle would keep it alive after its last use.
+        self.pinned = [module for module in pinned if module is not own]
+        self.whole = len(self.pinned) < len(pinned)
         # Live views of the dictionaries that hold parameters and submodules, and what they held: a part that
-        # was replaced or added is seen by its identity. The end marker sees what is added to the last of
-        # them.
+        # was replaced or added is seen by its identity; the end marker sees what is added to the last one.
         tables = [table for m in own.modules() for table in (m._parameters, m._modules)]
         self.views: list[Iterable[object]] = [*(table.values() for table in tables if table), _END]
         self.empty = [table for table in tables if not table]
         self.entries = list(chain.from_iterable(self.views))
 
-    def holds(self, names: frozenset[str]) -> bool:
+    def holds(self, own: nn.Module, names: frozenset[str]) -> bool:
+        """Whether the model still is as it was settled, for these names."""
         return (
             (self.names is names or self.names == names)
             and all(map(is_, chain.from_iterable(self.views), self.entries))
@@ -200,6 +200,7 @@ class _Record:
             and list(map(_requires_grad, self.parameters)) == self.wanted
             and not any(map(is_not, map(_grad, self.frozen), _NONES))
             and not any(map(_training, self.pinned))
+            and not (self.whole and own.training)
         )
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -229,7 +230,7 @@ def _settle(own: nn.Module, names: frozenset[str]) -> None:
 
 
 def _thaw_modules(own: nn.Module, thawed: set[nn.Module]) -> None:
-    """Unpins modules and gives them the mode that the model was last asked for, as its own `train` hands it down."""
+    """Unpins modules and gives them the mode last asked of the model, as its own `train` hands it down."""
     if not thawed:
         return
     pin = _pin_of(own)
@@ -287,6 +288,7 @@ def _refuse_unknown(names: frozenset[str], parameters: dict[str, nn.Parameter], 
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise SelectionError(
-            f"{unknown[0]!r}{more} is no parameter of {type(own).__name__}{nearest(unknown[0], parameters)} Names are those of "
-            "lehr.inspect(model), where a tied weight has its first name only; a plan belongs to the model it was made from"
+            f"{unknown[0]!r}{more} is no parameter of {type(own).__name__}"
+            f"{nearest(unknown[0], parameters) or '.'} Names are those of lehr.inspect(model), where a tied "
+            "weight has its first name only; a plan belongs to the model it was made from"
         )

@@ -87,7 +87,9 @@ def fit(
     on = arithmetic(device, precision)
     pin = on.device.type == "cuda"
     training = feed(train, seed=recipe.seed, workers=workers, pin=pin)
-    validation = None if valid is None else feed(valid, seed=recipe.seed, workers=workers, pin=pin, what="valid")
+    validation = (
+        None if valid is None else feed(valid, seed=recipe.seed, workers=workers, pin=pin, what="valid")
+    )
     plan = resolve(recipe, inspect(model), samples=training.samples, batches=training.batches)
     _check(recipe, plan, training, validation)
 
@@ -112,15 +114,27 @@ def fit(
             for epoch, start, stop in stage.epoch_ranges():
                 model.train()
                 watch = EpochWatch(plan, stage, (epoch, start, stop), tell)
-                for step, window in zip(plan.steps(start, stop, stage), training.windows(stage, epoch), strict=False):
+                for step, window in zip(
+                    plan.steps(start, stop, stage), training.windows(stage, epoch), strict=False
+                ):
                     apply(step, model, torch_optimizer)
                     watch.add(update(window, step.index), samples_in(window))
                     if average:
                         average.update(step.index)
                 row = watch.finish()
                 if validation:
-                    row |= validate(judged, validation, loss, metrics, batch_size=stage.batch_size, on=on, tell=tell)
-                history.append({"epoch": epoch, "stage": stage.index, "step": stop, **row, "best": best.offer(epoch, row, judged)})
+                    row |= validate(
+                        judged, validation, loss, metrics, batch_size=stage.batch_size, on=on, tell=tell
+                    )
+                history.append(
+                    {
+                        "epoch": epoch,
+                        "stage": stage.index,
+                        "step": stop,
+                        **row,
+                        "best": best.offer(epoch, row, judged),
+                    }
+                )
                 tell(_epoch_ended(history[-1], plan, watch))
                 patient = stage is not plan.stages[-1] or best.epochs_since(epoch) < plan.patience
                 if not patient:
@@ -140,9 +154,17 @@ def fit(
 
 def _check(recipe: Recipe, plan: Plan, training: Feed, validation: Feed | None) -> None:
     """Refuse what could only fail, or be ignored, later."""
-    needs = "restore_best" if any(stage.restore_best for stage in plan.stages) else "patience" if recipe.patience else ""
+    needs = (
+        "restore_best"
+        if any(stage.restore_best for stage in plan.stages)
+        else "patience"
+        if recipe.patience
+        else ""
+    )
     if needs and validation is None and plan.monitor != "train_loss":
-        raise RecipeError(f'{needs}: there is no validation set, so {plan.monitor!r} is never measured; pass valid=, or monitor="train_loss"')
+        raise RecipeError(
+            f'{needs}: there is no validation set, so {plan.monitor!r} is never measured; pass valid=, or monitor="train_loss"'
+        )
     if training.loader is None:
         return
     size = training.loader.batch_size

@@ -47,14 +47,20 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     for key in settings:
         if key not in accepted:
             known = [name for name in accepted if name not in ("params", "lr", "weight_decay")]
-            raise RecipeError(f"optimizer: {cls.__name__} has no setting {key!r}{nearest(key, known)} It has: {', '.join(known)}")
+            raise RecipeError(
+                f"optimizer: {cls.__name__} has no setting {key!r}{nearest(key, known)} It has: {', '.join(known)}"
+            )
     decays = any(decay for stage in plan.stages for decay in stage.weight_decay.values())
     if decays and "weight_decay" not in accepted:
-        raise RecipeError(f"optimizer: {cls.__name__} has no weight decay; say weight_decay = 0, or take another optimizer")
+        raise RecipeError(
+            f"optimizer: {cls.__name__} has no weight decay; say weight_decay = 0, or take another optimizer"
+        )
     parameters = dict(unwrap(model).named_parameters())
     missing = [name for names in plan.groups.values() for name in names if name not in parameters]
     if missing:
-        raise ModelError(f"the plan trains {missing[0]!r}, which this model does not have; make the plan from this model")
+        raise ModelError(
+            f"the plan trains {missing[0]!r}, which this model does not have; make the plan from this model"
+        )
     first = plan[0]
     groups: list[dict[str, Any]] = [
         {
@@ -84,7 +90,9 @@ def apply(step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     for group in optimizer.param_groups:
         name = group.get("name")
         if name not in step.lr:
-            raise RecipeError(f"the optimizer has a group {name!r} that the plan does not have; make it with lehr.optimizer(plan, model)")
+            raise RecipeError(
+                f"the optimizer has a group {name!r} that the plan does not have; make it with lehr.optimizer(plan, model)"
+            )
         group["lr"] = step.lr[name]
         if "weight_decay" in group:
             group["weight_decay"] = step.weight_decay[name]
@@ -114,11 +122,17 @@ def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     classes = {
         key.lower(): cls
         for key, cls in vars(torch.optim).items()
-        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+        if isinstance(cls, type)
+        and issubclass(cls, torch.optim.Optimizer)
+        and cls is not torch.optim.Optimizer
     }
     usable = sorted(set(classes) - set(_NEEDS_CLOSURE))
     if name.lower() in _NEEDS_CLOSURE:
-        raise RecipeError(f"optimizer: {name!r} evaluates the loss several times a step, which stages do not do; take one of {', '.join(usable)}")
+        raise RecipeError(
+            f"optimizer: {name!r} evaluates the loss several times a step, which stages do not do; take one of {', '.join(usable)}"
+        )
     if name.lower() not in classes:
-        raise RecipeError(f"optimizer: torch has no {name!r}{nearest(name.lower(), usable)} It has: {', '.join(usable)}")
+        raise RecipeError(
+            f"optimizer: torch has no {name!r}{nearest(name.lower(), usable)} It has: {', '.join(usable)}"
+        )
     return classes[name.lower()]

@@ -43,21 +43,35 @@ def arithmetic(device: str | torch.device = "auto", precision: str = "auto") -> 
         raise RequestError(f'precision={precision!r}; expected "auto", "fp32", "bf16" or "fp16"')
     place = _device(device)
     if precision == "auto":
-        precision = "bf16" if place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        precision = (
+            "bf16"
+            if place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else "fp32"
+        )
     return Arithmetic(place, precision)
 
 
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise RequestError(f'device={str(device)!r}; expected "auto", "cpu", "cuda", "cuda:1" or "mps"') from None
+        raise RequestError(
+            f'device={str(device)!r}; expected "auto", "cpu", "cuda", "cuda:1" or "mps"'
+        ) from None
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f'device="{place}": this machine has no CUDA device that torch can use; say "auto" or "cpu"')
+        raise RequestError(
+            f'device="{place}": this machine has no CUDA device that torch can use; say "auto" or "cpu"'
+        )
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f'device="{place}": there are {torch.cuda.device_count()} CUDA devices, counted from 0')
+        raise RequestError(
+            f'device="{place}": there are {torch.cuda.device_count()} CUDA devices, counted from 0'
+        )
     if place.type == "mps" and not torch.backends.mps.is_available():
-        raise RequestError('device="mps": this machine has no Apple GPU that torch can use; say "auto" or "cpu"')
+        raise RequestError(
+            'device="mps": this machine has no Apple GPU that torch can use; say "auto" or "cpu"'
+        )
     return place

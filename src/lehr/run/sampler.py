@@ -122,7 +122,9 @@ def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor]) -> Iterato
         some = batches[first : first + _CHUNK]
         sizes = [len(batch) for batch in some]
         together = torch.cat(list(some))
-        yield from (list(parts) for parts in zip(*(t[together].split(sizes) for t in source.tensors), strict=True))
+        yield from (
+            list(parts) for parts in zip(*(t[together].split(sizes) for t in source.tensors), strict=True)
+        )
 
 
 def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str = "train") -> Feed:
@@ -132,14 +134,24 @@ def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str
         DataError: for data without a length, without `__getitem__`, or empty.
     """
     dataset = data.dataset if isinstance(data, DataLoader) else data
-    if isinstance(dataset, IterableDataset) or not isinstance(data, DataLoader) and not callable(getattr(data, "__getitem__", None)):
-        raise DataError(f"{what}: {type(data).__name__} has no samples by index; pass a map-style data set or a DataLoader over one")
+    if (
+        isinstance(dataset, IterableDataset)
+        or not isinstance(data, DataLoader)
+        and not callable(getattr(data, "__getitem__", None))
+    ):
+        raise DataError(
+            f"{what}: {type(data).__name__} has no samples by index; pass a map-style data set or a DataLoader over one"
+        )
     try:
         samples = len(dataset)
     except TypeError:
-        raise DataError(f"{what}: {type(dataset).__name__} has no length, so an epoch cannot be planned; give it __len__") from None
+        raise DataError(
+            f"{what}: {type(dataset).__name__} has no length, so an epoch cannot be planned; give it __len__"
+        ) from None
     if not samples or (isinstance(data, DataLoader) and not len(data)):
-        raise DataError(f"{what}: empty; there is nothing to {'train on' if what == 'train' else 'validate with'}")
+        raise DataError(
+            f"{what}: empty; there is nothing to {'train on' if what == 'train' else 'validate with'}"
+        )
     return Feed(data, samples, seed, workers, pin)
 
 
@@ -155,7 +167,9 @@ def size_of(batch: Any) -> int:
     for part in parts:
         if isinstance(part, (torch.Tensor, dict, list, tuple)):
             return size_of(part)
-    raise DataError(f"a batch is a {type(batch).__name__} without a tensor; expected tensors, or lists and dicts of them")
+    raise DataError(
+        f"a batch is a {type(batch).__name__} without a tensor; expected tensors, or lists and dicts of them"
+    )
 
 
 def samples_in(window: Window) -> int:

@@ -32,7 +32,7 @@ class Order:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of the network that the walk does not open: some paths, the names under them, and what it is."""
+    """A stretch of the network that the walk does not open: paths, the names under them, what it is."""
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
@@ -102,21 +102,18 @@ def under(paths: Iterable[str], names: Iterable[str]) -> frozenset[str]:
 
 
 def cover(group: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """The fewest module paths (or names) that hold exactly the parameters of `group`, which are some of
-    `names`.
+    """The fewest module paths (or names) that hold exactly the parameters of `group`, some of `names`.
 
     >>> cover(["a.0.w", "a.0.b", "a.1.w"], ["a.0.w", "a.0.b", "a.1.w", "a.1.b"])
     ('a.0', 'a.1.w')
     """
-    everywhere = Counter(path for name in names for path in _above(name))
-    inside = Counter(path for name in group for path in _above(name))
-    whole = (
-        next((path for path in _above(name) if inside[path] == everywhere[path]), name) for name in group
-    )
+    everywhere = Counter(path for name in names for path in above(name))
+    inside = Counter(path for name in group for path in above(name))
+    whole = (next((path for path in above(name) if inside[path] == everywhere[path]), name) for name in group)
     return tuple(dict.fromkeys(whole))
 
 
-def _above(name: str) -> list[str]:
+def above(name: str) -> list[str]:
     """The module paths above a parameter, outermost first."""
     steps = name.split(".")
     return [".".join(steps[:end]) for end in range(1, len(steps))]
@@ -125,7 +122,7 @@ def _above(name: str) -> list[str]:
 def _pieces(
     module: nn.Module, path: str, head: tuple[str, ...], names: Sequence[str], norms: frozenset[str]
 ) -> Iterator[_Piece]:
-    """The pieces of `module` in order. `names` are the first names that matter, so a tied module is met once."""
+    """The pieces of `module` in order; `names` are the first names that matter: a tied module is met once."""
     for name, parameter in module.named_parameters(recurse=False):
         full = join(path, name)
         if full in names:
@@ -208,9 +205,8 @@ def _split(pieces: list[_Piece]) -> tuple[tuple[_Piece, ...], list[_Piece]]:
         if piece.kind in kinds:
             blocks.append(_sum(waiting))
             waiting = []
-    blocks[-1] = _sum(
-        [blocks[-1], *pieces[places[-1] + 1 :]]
-    )  # the neck, before the head, goes with the last block
+    neck = pieces[places[-1] + 1 :]
+    blocks[-1] = _sum([blocks[-1], *neck])
     return tuple(pieces[: places[0]]), blocks
 
 
@@ -224,7 +220,7 @@ def _block_kinds(pieces: Sequence[_Piece]) -> frozenset[str]:
         a.kind
         for a, b in pairwise(pieces)
         if a.kind == b.kind
-        and (a.height > 1 or a.height == 1 and size[a.kind] >= _SHARE_OF_SHALLOW_BLOCKS * total)
+        and (a.height > 1 or (a.height == 1 and size[a.kind] >= _SHARE_OF_SHALLOW_BLOCKS * total))
     )
 
 

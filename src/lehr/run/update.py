@@ -32,7 +32,9 @@ class Update:
             refused at every scale.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, *, plan: Plan, on: Arithmetic) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, *, plan: Plan, on: Arithmetic
+    ) -> None:
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._plan, self._on = plan, on
         self._scaler = torch.amp.GradScaler(on.device.type) if on.precision == "fp16" else None
@@ -96,11 +98,15 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
 
     def loss(model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor]:
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-            raise RunError(f"a batch is a {type(batch).__name__}, not (inputs, targets); pass loss=, a function of (model, batch)")
+            raise RunError(
+                f"a batch is a {type(batch).__name__}, not (inputs, targets); pass loss=, a function of (model, batch)"
+            )
         inputs, targets = batch
         outputs = model(inputs)
         if not isinstance(outputs, torch.Tensor):
-            raise RunError(f"the model returned a {type(outputs).__name__}, not a tensor; pass loss=, a function of (model, batch)")
+            raise RunError(
+                f"the model returned a {type(outputs).__name__}, not a tensor; pass loss=, a function of (model, batch)"
+            )
         return {
             "loss": functional.cross_entropy(outputs, targets, label_smoothing=label_smoothing),
             "outputs": outputs,
@@ -112,10 +118,18 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
 
 def scalar_loss(returned: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The scalar that is minimised: what a loss function returned, or its `"loss"`."""
-    loss = returned if isinstance(returned, torch.Tensor) else returned.get("loss") if isinstance(returned, Mapping) else None
+    loss = (
+        returned
+        if isinstance(returned, torch.Tensor)
+        else returned.get("loss")
+        if isinstance(returned, Mapping)
+        else None
+    )
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(returned).__name__
-        raise RunError(f"the loss function returned {shape}; expected a scalar tensor, or a dict with one as 'loss'")
+        raise RunError(
+            f"the loss function returned {shape}; expected a scalar tensor, or a dict with one as 'loss'"
+        )
     return loss
 
 

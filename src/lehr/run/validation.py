@@ -16,12 +16,21 @@ from lehr.run.sampler import Feed, size_of
 from lehr.run.update import Loss, cross_entropy, placed, scalar_loss
 from lehr.run.watch import REFRESH, Tell
 
-Metrics = Mapping[str, Any]  # name -> torchmetrics.Metric; the package is slow to import and is not needed for the type
+Metrics = Mapping[
+    str, Any
+]  # name -> torchmetrics.Metric; the package is slow to import and is not needed for the type
 _LOWER_IS_BETTER = ("loss", "error", "perplexity")
 
 
 def validate(
-    model: nn.Module, feed: Feed, loss: Loss | None, metrics: Metrics | None, *, batch_size: int, on: Arithmetic, tell: Tell
+    model: nn.Module,
+    feed: Feed,
+    loss: Loss | None,
+    metrics: Metrics | None,
+    *,
+    batch_size: int,
+    on: Arithmetic,
+    tell: Tell,
 ) -> dict[str, float]:
     """`valid_loss` and every metric as `valid_<name>`, over the whole feed, in eval mode.
 
@@ -37,7 +46,10 @@ def validate(
     next_look = time.perf_counter() + REFRESH
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    total, samples = torch.zeros((), dtype=torch.float64 if on.device.type != "mps" else torch.float32, device=on.device), 0
+    total, samples = (
+        torch.zeros((), dtype=torch.float64 if on.device.type != "mps" else torch.float32, device=on.device),
+        0,
+    )
     try:
         with torch.no_grad():
             for batch in feed.sequential(batch_size):
@@ -68,13 +80,17 @@ def higher_is_better(monitor: str, metrics: Metrics | None) -> bool:
     return not any(word in monitor for word in _LOWER_IS_BETTER)
 
 
-def _counted(returned: torch.Tensor | Mapping[str, torch.Tensor], metrics: Metrics | None, on: Arithmetic) -> Metrics | None:
+def _counted(
+    returned: torch.Tensor | Mapping[str, torch.Tensor], metrics: Metrics | None, on: Arithmetic
+) -> Metrics | None:
     """Count a batch into the metrics, which are made at the first batch where the person gave none."""
     outputs = returned.get("outputs") if isinstance(returned, Mapping) else None
     targets = returned.get("targets") if isinstance(returned, Mapping) else None
     if outputs is None or targets is None:
         if metrics:
-            raise RunError("metrics need what the model said: let the loss function return {'loss': ..., 'outputs': ..., 'targets': ...}")
+            raise RunError(
+                "metrics need what the model said: let the loss function return {'loss': ..., 'outputs': ..., 'targets': ...}"
+            )
         return metrics
     if metrics is None:
         if targets.is_floating_point() or outputs.ndim < 2:

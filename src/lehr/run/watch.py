@@ -33,7 +33,14 @@ class EpochWatch:
     `train_loss` is the mean over the epoch's samples; `seconds` runs from the making of the watch until it is read.
     """
 
-    def __init__(self, plan: Plan, stage: PlannedStage, epoch: tuple[int, int, int], tell: Tell, clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        stage: PlannedStage,
+        epoch: tuple[int, int, int],
+        tell: Tell,
+        clock: Clock = time.perf_counter,
+    ) -> None:
         self._plan, self._stage, self._tell, self._clock = plan, stage, tell, clock
         self.epoch, self.start, self.stop = epoch
         self._began = clock()
@@ -153,7 +160,11 @@ def telling(folder: RunFolder | None, observers: Sequence[Observer]) -> Iterator
                 observer(event)
             except Exception as error:
                 listening.remove(observer)
-                warnings.warn(f"the observer {observer!r} raised {error!r} and is left out from here on", RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"the observer {observer!r} raised {error!r} and is left out from here on",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     try:
         yield tell

@@ -21,7 +21,18 @@ from torch import nn
 from lehr.errors import WeightsError, nearest
 
 State = dict[str, torch.Tensor]
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params", "state_dict_ema", "model_ema")
+_WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "state_dict_ema",
+    "model_ema",
+)
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "backbone.")
 
 
@@ -53,7 +64,9 @@ def read_weights(path: str | Path) -> State:
     file = Path(path)
     if not file.is_file():
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise WeightsError(f"{file}: no such file{nearest(file.name, siblings)} Expected a .safetensors, .pth or .pt file")
+        raise WeightsError(
+            f"{file}: no such file{nearest(file.name, siblings)} Expected a .safetensors, .pth or .pt file"
+        )
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
@@ -65,11 +78,15 @@ def read_weights(path: str | Path) -> State:
         ) from None
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise WeightsError(f"{file}: not a weights file: {said}; expected safetensors, or a state_dict that torch.save wrote") from None
+        raise WeightsError(
+            f"{file}: not a weights file: {said}; expected safetensors, or a state_dict that torch.save wrote"
+        ) from None
     return _unwrapped(found, file)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, head: Iterable[str] = (), where: str = "weights") -> Fitted:
+def load_weights(
+    model: nn.Module, state: Mapping[str, torch.Tensor], *, head: Iterable[str] = (), where: str = "weights"
+) -> Fitted:
     """Load what fits into `model` by name and shape, in place.
 
     Args:
@@ -82,7 +99,11 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, head: I
     state = _renamed(state, own)
     fitting = {name: t for name, t in state.items() if name in own and own[name].shape == t.shape}
     heads = tuple(head)
-    body = [name for name, p in model.named_parameters() if not any(name == h or name.startswith(h + ".") for h in heads)]
+    body = [
+        name
+        for name, p in model.named_parameters()
+        if not any(name == h or name.startswith(h + ".") for h in heads)
+    ]
     if body and not any(name in fitting for name in body):
         example = body[0]
         same_name = f" ({example} is {tuple(state[example].shape)} there)" if example in state else ""
@@ -112,6 +133,7 @@ def write_weights(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
         whole[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
         seen.add(plain.untyped_storage().data_ptr())
     save_file(whole, aside, metadata={"format": "pt"})
+    aside.chmod(0o644)  # safetensors makes files that only their owner can read
     os.replace(aside, file)
 
 
@@ -127,8 +149,14 @@ def _unwrapped(found: Any, file: Path) -> State:
                 found = inner
                 continue
         break
-    held = f"a table with {_listed([str(k) for k in found])}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-    raise WeightsError(f"{file}: holds {held}, but no tensors by name; expected a state_dict, also inside {', '.join(_WRAPPERS[:3])} …")
+    held = (
+        f"a table with {_listed([str(k) for k in found])}"
+        if isinstance(found, Mapping)
+        else f"a {type(found).__name__}"
+    )
+    raise WeightsError(
+        f"{file}: holds {held}, but no tensors by name; expected a state_dict, also inside {', '.join(_WRAPPERS[:3])} …"
+    )
 
 
 def _renamed(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> State:
