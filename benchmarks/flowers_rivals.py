@@ -1,8 +1,8 @@
 """What lehr is compared with on real images: a careful hand-written fine-tuning loop, and a linear probe.
 
-Neither uses anything of lehr. The loop is what an experienced person writes in one sitting: the head alone on a
-frozen backbone (in eval mode, no gradient through it), then everything, AdamW without decay on norms and biases,
-a warm-up and a cosine in each stage, label smoothing, random crops and flips, the best epoch kept.
+Neither uses anything of lehr. The loop is what an experienced person writes in one sitting: the head alone on
+a frozen backbone (in eval mode, no gradient through it), then everything; AdamW without decay on norms and
+biases, a warm-up and a cosine in each stage, label smoothing, random crops and flips, the best epoch kept.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
 
 
 def linear_probe(train: Sequence[Item], valid: Sequence[Item], settings: Settings) -> dict[str, Any]:
-    """Logistic regression on the frozen features, to convergence; C and scaling chosen on the training half alone."""
+    """Logistic regression on the frozen features, to convergence; C and scaling chosen on the training half."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import Pipeline

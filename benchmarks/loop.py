@@ -159,8 +159,8 @@ def _page(runs: Sequence[Run], asked: argparse.Namespace, wrong: Sequence[str]) 
     """The table, and all that is needed to judge or repeat it."""
     lines = [
         f"**Cost per step**: perceptron 16->32->10, batch 8, {asked.samples // 8:,} updates, "
-        f"{asked.optimizer}, warm-up and cosine at every step; n = {asked.rounds} fresh processes each, interleaved; "
-        f"{asked.threads} torch thread(s).",
+        f"{asked.optimizer}, warm-up and cosine at every step; n = {asked.rounds} fresh processes each, "
+        f"interleaved; torch threads: {asked.threads}.",
         "",
         *rows(runs, {name: CONTESTANTS[name].label for name in asked.only}, asked.sinks),
         "",

@@ -2,8 +2,8 @@
 
     python benchmarks/loop_worker.py NAME RESULT.json [--samples N] [--optimizer sgd|adamw] [--threads N]
 
-The contestant is called twice: on a few samples to warm up, and on all of them to be timed; so imports and what
-is built at the first call do not count. What it draws goes to this process's own standard output and error.
+The contestant is called twice: on a few samples to warm up, and on all of them to be timed; so imports and
+what is built at the first call do not count. What it draws goes to this process's standard output and error.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import BATCH, CONTESTANTS, PEAK, Contestant, Task
 from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import TensorDataset
+
+from contestants import BATCH, CONTESTANTS, PEAK, Contestant, Task
 
 WARM_UP_BATCHES = 200  # of the untimed call
 

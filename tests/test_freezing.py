@@ -423,6 +423,7 @@ MEDDLES: dict[str, Callable[[Small], object]] = {
     "requires_grad of the frozen": lambda m: m.body[0].weight.requires_grad_(True),
     "requires_grad of the trained": lambda m: m.fc.weight.requires_grad_(False),
     "mode of a frozen norm": lambda m: setattr(m.body[1], "training", True),
+    "mode of the model alone": lambda m: setattr(m, "training", True),
     "mode of all": lambda m: [setattr(module, "training", True) for module in m.modules()],
 }
 
@@ -444,7 +445,7 @@ def test_a_meddled_model_is_mended_by_the_same_call(meddle: str, names: frozense
 
 
 class _Merging(nn.Linear):
-    """A layer that acts when its mode changes, as low-rank adapters do that merge their weights for evaluation."""
+    """A layer that acts when its mode changes, as adapters do that merge their weights for evaluation."""
 
     merged = False
 

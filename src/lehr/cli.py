@@ -124,11 +124,8 @@ def fit(
     _say(f"{job.model_name} on {job.request.data}: {len(job.data.classes)} classes, run in {folder}")
     for note in (*job.notes, *job.facts.understood):
         _say(f"  {note}")
-    seed, train_on = (
-        job.recipe.seed,
-        {"device": device, "precision": precision, "workers": _workers(job, workers)},
-    )
-    train, valid = job.data.train(job.transform, seed=seed), job.data.valid(job.transform)
+    train_on: dict[str, Any] = {"device": device, "precision": precision, "workers": _workers(job, workers)}
+    train, valid = job.data.train(job.transform, seed=job.recipe.seed), job.data.valid(job.transform)
     halves = (train, valid if len(valid) else None)
     result = run_fit(job.made.module, *halves, recipe=job.recipe, out=folder, observers=observers, **train_on)
     if scratch if scratch is not None else job.request.data == "digits":

@@ -95,6 +95,7 @@ def _digits(classes: int, pretrained: bool) -> Made:
 
 def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:
     import timm
+    from timm.data.config import resolve_model_data_config
 
     if not timm.is_model(name):
         known = [*timm.list_models(), *(f"{_TORCHVISION}{n}" for n in _torchvision_names()), DIGITS_NET]
@@ -107,7 +108,7 @@ def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:
         raise
     except Exception as error:
         raise _unavailable(name, pretrained, error) from None
-    config: dict[str, Any] = timm.data.resolve_model_data_config(net)
+    config: dict[str, Any] = resolve_model_data_config(net)
     side = int(config["input_size"][1])
     transform = Transform(
         (side, side), max(side, int(side / config["crop_pct"])), _per_channel(config["mean"], channels), _per_channel(config["std"], channels),

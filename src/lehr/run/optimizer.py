@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lehr.errors import ModelError, RecipeError, nearest
 from lehr.planning import Plan, Step
-from lehr.run.facts import unwrap
+from lehr.run.facts import named
 from lehr.run.freezing import set_trainable
 from lehr.schedules import Curve
 
@@ -41,8 +41,8 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         >>> [group["param_names"] for group in optimizer(plan, net).param_groups]
         [['0.weight', '0.bias']]
     """
-    cls = _optimizer_class(plan.optimizer)
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.optimizer_settings.items()}
+    cls: Any = _optimizer_class(plan.optimizer)
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.optimizer_settings.items()}
     accepted = inspect.signature(cls).parameters
     for key in settings:
         if key not in accepted:
@@ -55,7 +55,7 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         raise RecipeError(
             f"optimizer: {cls.__name__} has no weight decay; say weight_decay = 0, or take another optimizer"
         )
-    parameters = dict(unwrap(model).named_parameters())
+    parameters = named(model)
     missing = [name for names in plan.groups.values() for name in names if name not in parameters]
     if missing:
         raise ModelError(
@@ -72,9 +72,10 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         for group, names in plan.groups.items()
     ]
     try:
-        return cls(groups, lr=1.0, **settings)
+        made: torch.optim.Optimizer = cls(groups, lr=1.0, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"optimizer: {cls.__name__} refused its settings {settings}: {error}") from None
+    return made
 
 
 def apply(step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -88,7 +89,7 @@ def apply(step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     """
     set_trainable(model, step.trainable)
     for group in optimizer.param_groups:
-        name = group.get("name")
+        name = str(group.get("name"))
         if name not in step.lr:
             raise RecipeError(
                 f"the optimizer has a group {name!r} that the plan does not have; make it with lehr.optimizer(plan, model)"

@@ -82,15 +82,23 @@ class Feed:
         """Every sample once, in order: for validation."""
         if self.loader is not None:
             return iter(self.loader)
-        return self._drawn(list(torch.arange(self.samples).split(batch_size)), 0)
+        return self._drawn(list(torch.split(torch.arange(self.samples), batch_size)), 0)
 
     def _drawn(self, batches: Sequence[torch.Tensor], view: int) -> Iterator[Any]:
         if type(self.source) is TensorDataset:
             return _gathered(self.source, batches)
-        self._by_key.batch_sampler.keys = [  # type: ignore[union-attr]  # it is a _Keys
+        self._keys.keys = [
             [(index, view) for index in batch.tolist()] for batch in batches
         ]
         return iter(self._by_key)
+
+    @property
+    def _dataset(self) -> Dataset[Any]:
+        return self.source.dataset if isinstance(self.source, DataLoader) else self.source
+
+    @cached_property
+    def _keys(self) -> _Keys:
+        return _Keys()
 
     @cached_property
     def _by_key(self) -> DataLoader[Any]:
@@ -98,7 +106,7 @@ class Feed:
         one untouched, so that nothing depends on how many workers there are.
         """  # noqa: D205
         return DataLoader(
-            pure(self.source, self.seed), batch_sampler=_Keys(), num_workers=self.workers, pin_memory=self.pin,
+            pure(self._dataset, self.seed), batch_sampler=self._keys, num_workers=self.workers, pin_memory=self.pin,
             persistent_workers=self.workers > 0, generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
 
@@ -107,9 +115,9 @@ class _Keys:
     """The batch sampler of the workers: the keys of the epoch that is about to begin."""
 
     def __init__(self) -> None:
-        self.keys: Sequence[Sequence[tuple[int, int]]] = ()
+        self.keys: list[list[tuple[int, int]]] = []
 
-    def __iter__(self) -> Iterator[Sequence[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return iter(self.keys)
 
     def __len__(self) -> int:
@@ -123,7 +131,7 @@ def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor]) -> Iterato
         sizes = [len(batch) for batch in some]
         together = torch.cat(list(some))
         yield from (
-            list(parts) for parts in zip(*(t[together].split(sizes) for t in source.tensors), strict=True)
+            list(parts) for parts in zip(*(torch.split(t[together], sizes) for t in source.tensors), strict=True)
         )
 
 
@@ -133,7 +141,7 @@ def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str
     Raises:
         DataError: for data without a length, without `__getitem__`, or empty.
     """
-    dataset = data.dataset if isinstance(data, DataLoader) else data
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     if (
         isinstance(dataset, IterableDataset)
         or not isinstance(data, DataLoader)

@@ -60,7 +60,7 @@ class Update:
                 raise NonFiniteError(non_finite(f"the loss is {loss.item()}", step, self._plan))
             if size != total:
                 loss = loss * (size / total)
-            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
             means.append(loss.detach())
         return means[0] if len(means) == 1 else torch.stack(means).sum()
 
