@@ -1,4 +1,4 @@
-"""Real images: `lehr fit`, its default recipe, beside a careful hand-written loop and a converged linear probe.
+"""Real images: `lehr fit` as it comes, beside a careful hand-written loop and a converged linear probe.
 
     python benchmarks/flowers.py [--size 128] [--epochs 5,8] [--seeds 0,1,2] [--only probe hand lehr] [--save]
 

@@ -105,13 +105,18 @@ def valid_transform(size: int) -> v2.Compose:
 
 
 def pretrained(settings: Settings) -> nn.Module:
-    """The network with its pretrained backbone and a new head."""
+    """The network with its pretrained backbone and a new head.
+
+    The head gets torch's own initial weights: timm draws them for many classes, and with five they are so
+    large that a few epochs only unlearn them.
+    """
     model = timm.create_model(settings.model, num_classes=settings.classes)
     loaded = torch.load(settings.weights, weights_only=True)
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     head = {name for name, _ in model.named_parameters() if name.startswith(model.default_cfg["classifier"])}
     if unexpected or set(missing) - head:
         raise SystemExit(f"{settings.weights} does not fit {settings.model}: {[*unexpected, *missing][:3]}")
+    model.get_classifier().reset_parameters()
     return model.to(memory_format=torch.channels_last)
 
 
@@ -208,7 +213,7 @@ def accuracy(model: nn.Module, loader: DataLoader[Any]) -> float:
 
 
 def linear_probe(train: Sequence[Item], valid: Sequence[Item], settings: Settings) -> dict[str, Any]:
-    """Logistic regression on the frozen features, to convergence; C and scaling chosen on the training half."""
+    """Logistic regression on the frozen features, to convergence; C and scaling chosen on `train`."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import Pipeline

@@ -1,4 +1,6 @@
-"""Hypothesis strategies: random durations, schedules, recipes and model facts. Only values; no test lives here."""
+"""Hypothesis strategies: random durations, schedules, recipes and model facts. Only values; no test lives
+here.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,19 @@ def shapes(length: str | None = None, per: str = "step") -> st.SearchStrategy[Sc
         st.builds(lambda at, by: s.step_decay(at, by, **where), marks, shares),
         st.builds(
             lambda up, start, end, curve: s.one_cycle(up, start=start, end=end, curve=curve, **where),
-            percents, shares, shares, st.sampled_from(["cosine", "linear"]),
+            percents,
+            shares,
+            shares,
+            st.sampled_from(["cosine", "linear"]),
         ),
         st.builds(
             lambda first, grow, decay, inner: s.restarts(first, grow, decay, inner, **where),
-            st.sampled_from(["1%", "10%", "30%", "100%"]), st.floats(1.0, 4.0), shares,
+            st.sampled_from(["1%", "10%", "30%", "100%"]),
+            st.floats(1.0, 4.0),
+            shares,
             st.one_of(st.none(), shares.map(s.cosine), shares.map(s.linear), st.just(s.one_cycle("40%"))),
         ),
-    )  # fmt: skip
+    )
 
 
 def warmups(length: st.SearchStrategy[str] = percents) -> st.SearchStrategy[Schedule]:
@@ -64,7 +71,9 @@ def warmups(length: st.SearchStrategy[str] = percents) -> st.SearchStrategy[Sche
 def joins(draw: st.DrawFn) -> Schedule:
     """A schedule of one to five parts that fits any number of steps: shares of at most 100 % together."""
     cuts = sorted(draw(st.lists(st.integers(0, 1000), max_size=4, unique=True)))
-    tenths = [b - a for a, b in zip([0, *cuts], [*cuts, draw(st.integers(max(cuts, default=0), 1000))], strict=True)]
+    tenths = [
+        b - a for a, b in zip([0, *cuts], [*cuts, draw(st.integers(max(cuts, default=0), 1000))], strict=True)
+    ]
     lengths = [str(Duration(Fraction(n, 10), "%")) for n in tenths]
     open_at = draw(st.none() | st.integers(0, len(lengths)))
     parts: list[Schedule] = []
@@ -84,7 +93,11 @@ def _stages() -> st.SearchStrategy[Stage]:
     patterns = st.sampled_from(["all", "head", "backbone", "norm", "bias", "last 2 blocks", "layer4.*"])
     return st.builds(
         Stage,
-        st.one_of(st.integers(1, 90).map("{} epochs".format), st.integers(1, 10**6).map("{} steps".format), st.just("2.5 epochs")),
+        st.one_of(
+            st.integers(1, 90).map("{} epochs".format),
+            st.integers(1, 10**6).map("{} steps".format),
+            st.just("2.5 epochs"),
+        ),
         train=patterns | st.lists(patterns, min_size=1, max_size=3, unique=True),
         lr=rate | st.dictionaries(patterns, rate, min_size=1, max_size=3),
         schedule=st.none() | joins(),
@@ -100,14 +113,18 @@ def recipes() -> st.SearchStrategy[Recipe]:
     """Any recipe: every key, at its default or not."""
     settings = st.dictionaries(
         st.sampled_from(["momentum", "nesterov", "eps", "betas", "foreach"]),
-        st.one_of(st.booleans(), st.integers(-5, 5), st.floats(-1e9, 1e9), st.lists(st.floats(0.0, 1.0), max_size=2)),
+        st.one_of(
+            st.booleans(), st.integers(-5, 5), st.floats(-1e9, 1e9), st.lists(st.floats(0.0, 1.0), max_size=2)
+        ),
         max_size=3,
     )
     text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=8)
     return st.builds(
         Recipe,
         st.lists(_stages(), min_size=1, max_size=3),
-        optimizer=st.one_of(st.just("adamw"), text, st.builds(lambda name, more: {"name": name, **more}, text, settings)),
+        optimizer=st.one_of(
+            st.just("adamw"), text, st.builds(lambda name, more: {"name": name, **more}, text, settings)
+        ),
         schedule=joins(),
         batch_size=st.integers(1, 4096),
         accumulate=st.integers(1, 64),
@@ -124,25 +141,40 @@ def recipes() -> st.SearchStrategy[Recipe]:
         patience=st.none() | st.integers(1, 50).map("{} epochs".format),
         restore_best=st.booleans(),
         augment=st.none() | st.lists(text, max_size=3),
-    )  # fmt: skip
+    )
 
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelFacts:
-    """A model of one to eight blocks of weight, bias and norm, with a head; here and there a parameter that was frozen by hand."""
+    """A model of one to eight blocks of weight, bias and norm, with a head; here and there a parameter that
+    was frozen by hand.
+    """
     depth = draw(st.integers(1, 8))
     frozen = draw(st.sets(st.integers(0, 3 * depth - 1), max_size=3))
     parameters = []
     for block in range(depth):
-        for k, (leaf, shape) in enumerate([("conv.weight", (4, 4, 3)), ("conv.bias", (4,)), ("norm.weight", (4,))]):
+        for k, (leaf, shape) in enumerate(
+            [("conv.weight", (4, 4, 3)), ("conv.bias", (4,)), ("norm.weight", (4,))]
+        ):
             parameters.append(
                 ParameterFacts(
-                    f"blocks.{block}.{leaf}", shape, norm=k == 2, bias=k == 1, layer=block, frozen_by_hand=3 * block + k in frozen
+                    f"blocks.{block}.{leaf}",
+                    shape,
+                    norm=k == 2,
+                    bias=k == 1,
+                    layer=block,
+                    frozen_by_hand=3 * block + k in frozen,
                 )
             )
     tied = draw(st.booleans())
-    parameters.append(ParameterFacts("head.weight", (2, 4), layer=depth, aliases=("tied.weight",) if tied else ()))
+    parameters.append(
+        ParameterFacts("head.weight", (2, 4), layer=depth, aliases=("tied.weight",) if tied else ())
+    )
     parameters.append(ParameterFacts("head.bias", (2,), bias=True, layer=depth))
     return ModelFacts(
-        "random", tuple(parameters), head=("head",), blocks=tuple((f"blocks.{i}",) for i in range(depth)), layers=depth + 1
+        "random",
+        tuple(parameters),
+        head=("head",),
+        blocks=tuple((f"blocks.{i}",) for i in range(depth)),
+        layers=depth + 1,
     )

@@ -8,10 +8,10 @@ from math import floor
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import durations
 
 from lehr.duration import Duration, _decimal
 from lehr.errors import DurationError
+from strategies import durations
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_understood(written: str, amount: Fraction, unit: str) -> None:
         (5, '5 has no unit; write "5 epochs" or "5 steps", or a share such as "10%"'),
         (2.5, '2.5 has no unit; write "2.5 epochs"'),
         (1234567, 'write "1234567 epochs" or "1234567 steps"'),
-        ("5", "'5' has no unit; write \"5 epochs\", \"5 steps\" or \"5%\""),
-        ("", "'' is not a duration; expected a number and a unit: \"5 epochs\", \"400 steps\" or \"10%\""),
+        ("5", '\'5\' has no unit; write "5 epochs", "5 steps" or "5%"'),
+        ("", '\'\' is not a duration; expected a number and a unit: "5 epochs", "400 steps" or "10%"'),
         ("soon", "'soon' is not a duration"),
         ("_ epochs", "'_ epochs' is not a duration"),
         ("5%%", "'5%%' is not a duration"),
@@ -98,7 +98,13 @@ def test_long_decimals_read_back(amount: object) -> None:
 
 @pytest.mark.parametrize(
     ("written", "printed"),
-    [("1 epochs", "1 epoch"), ("5 epoch", "5 epochs"), ("1.0 steps", "1 step"), ("0 step", "0 steps"), ("50.00%", "50%")],
+    [
+        ("1 epochs", "1 epoch"),
+        ("5 epoch", "5 epochs"),
+        ("1.0 steps", "1 step"),
+        ("0 step", "0 steps"),
+        ("50.00%", "50%"),
+    ],
 )
 def test_printed_form(written: str, printed: str) -> None:
     """Printing chooses the singular where there is one, and the shortest number."""
@@ -148,6 +154,8 @@ def test_a_unit_needs_its_whole() -> None:
     """Epochs without steps per epoch, and a share without a whole, are refused with what to write."""
     with pytest.raises(DurationError, match=r'here: "2 epochs" needs steps_per_epoch.*or write steps'):
         Duration.parse("2 epochs").steps(whole=5, where="here")
-    with pytest.raises(DurationError, match=r'here: "5%" is a share of a whole that is not known here; write epochs or steps'):
+    with pytest.raises(
+        DurationError, match=r'here: "5%" is a share of a whole that is not known here; write epochs or steps'
+    ):
         Duration.parse("5%").steps(steps_per_epoch=5, where="here")
     assert Duration.parse("5 steps").steps() == 5

@@ -35,7 +35,8 @@ from lehr.journal import (
     StepsTaken,
     Validating,
 )
-from lehr.progress import _fit, _fold, _Part, _prefix, _width, progress
+from lehr.progress import progress
+from lehr.wording import Part, fit, fold, prefix, width
 
 BOTH = {"head": 1e-3, "backbone": 1e-4}
 METRICS = {"valid_loss": 0.2871, "valid_accuracy": 0.94123}
@@ -121,7 +122,7 @@ def screen(output: str, columns: int) -> list[str]:
         elif character == "\r":
             at = 0
         else:
-            assert at + _width(character) <= columns, f"wraps: {''.join(lines[-1])!r}"
+            assert at + width(character) <= columns, f"wraps: {''.join(lines[-1])!r}"
             lines[-1][at : at + 1] = [character]
             at += 1
     return ["".join(line).rstrip() for line in lines]
@@ -133,13 +134,13 @@ def screen(output: str, columns: int) -> list[str]:
 def test_lines_in_a_file() -> None:
     """A file gets one plain line an epoch, with everything in it, and a line where something else happens."""
     assert drawn(small_run(), stream=io.StringIO()).splitlines() == [
-        "4 epochs, 40 steps · 1 437 samples, 360 to validate · cpu fp32",
-        "stage 1/2 · head · 2 epochs · trains 6 405 of 2 230 277 parameters (0.3 %)",
+        "4 epochs, 40 steps · 1,437 samples, 360 to validate · cpu fp32",
+        "stage 1/2 · head · 2 epochs · trains 6,405 of 2,230,277 parameters (0.3 %)",
         "epoch 1/4 · train_loss=0.3125 valid_loss=0.2871 valid_accuracy=0.9412"
         " · lr head=1.0e-03 backbone=1.0e-04 · 512 samples/s · 3.2 s · best",
         "epoch 2/4 · train_loss=0.3125 valid_loss=0.2871 valid_accuracy=0.9412"
         " · lr head=1.0e-03 backbone=1.0e-04 · 512 samples/s · 3.2 s · best",
-        "stage 2/2 · all · 2 epochs · trains 2 230 277 of 2 230 277 parameters (100 %)",
+        "stage 2/2 · all · 2 epochs · trains 2,230,277 of 2,230,277 parameters (100 %)",
         "epoch 3/4 · train_loss=0.3125 valid_loss=0.2871 valid_accuracy=0.9412"
         " · lr head=1.0e-03 backbone=1.0e-04 · 512 samples/s · 3.2 s · best",
         "epoch 4/4 · train_loss=0.3125 valid_loss=0.2871 valid_accuracy=0.9412"
@@ -481,25 +482,25 @@ def test_tqdm_auto_is_not_imported_outside_a_notebook() -> None:
 @given(text=st.text(alphabet="ab é花·", max_size=80), room=st.integers(10, 50))
 def test_folding_keeps_everything_and_the_width(text: str, room: int) -> None:
     """A folded text fits its lines, and says the same."""
-    lines = _fold(text, room)
-    assert all(_width(line) <= room for line in lines)
+    lines = fold(text, room)
+    assert all(width(line) <= room for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
 @given(text=st.text(max_size=30), room=st.integers(0, 30))
 def test_prefix(text: str, room: int) -> None:
     """A prefix is as long as it can be without taking more columns than there are."""
-    end = _prefix(text, room)
-    assert _width(text[:end]) <= room
-    assert end == len(text) or _width(text[: end + 1]) > room
+    end = prefix(text, room)
+    assert width(text[:end]) <= room
+    assert end == len(text) or width(text[: end + 1]) > room
 
 
 @given(
     parts=st.lists(
-        st.builds(_Part, st.integers(1, 9), st.text("x", max_size=9), st.text("x", max_size=4)), max_size=6
+        st.builds(Part, st.integers(1, 9), st.text("x", max_size=9), st.text("x", max_size=4)), max_size=6
     ),
     room=st.integers(5, 40),
 )
-def test_parts_fit(parts: list[_Part], room: int) -> None:
+def test_parts_fit(parts: list[Part], room: int) -> None:
     """What is chosen of a line's parts is never wider than the line."""
-    assert _width(_fit([_Part(0, "lead"), *parts], room)) <= room
+    assert width(fit([Part(0, "lead"), *parts], room)) <= room

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import models
 
 from lehr.errors import SelectionError
 from lehr.selection import ModelFacts, ParameterFacts, Selection, partition, select
+from strategies import models
 
 P = ParameterFacts
 NET = ModelFacts(
@@ -86,7 +86,9 @@ def test_a_selection_is_a_value() -> None:
 
 
 def test_facts_count_scalars() -> None:
-    """A parameter's count is the product of its shape, a tied weight counts once, and an alias leads to it."""
+    """A parameter's count is the product of its shape, a tied weight counts once, and an alias leads to
+    it.
+    """
     assert NET.by_name["stem.conv.weight"].count == 216
     assert P("scale", ()).count == 1
     assert NET.by_name["embed.weight"] is NET.by_name["fc.weight"]
@@ -96,19 +98,24 @@ def test_facts_count_scalars() -> None:
 
 
 NO_HEAD = ModelFacts("Headless", (P("a.weight", (2,)), P("b.weight", (2,))))
-ALL_FROZEN = ModelFacts("Ice", (P("a.weight", (2,), frozen_by_hand=True), P("b.weight", (2,), frozen_by_hand=True)))
+ALL_FROZEN = ModelFacts(
+    "Ice", (P("a.weight", (2,), frozen_by_hand=True), P("b.weight", (2,), frozen_by_hand=True))
+)
 
 
 @pytest.mark.parametrize(
     ("patterns", "facts", "message"),
     [
         (
-            "blcoks", NET,
-            "here: 'blcoks' matches no parameter of Net; did you mean \"blocks\" or \"blocks.1\" or \"blocks.0\"? The model's top-level parts are: "
+            "blcoks",
+            NET,
+            'here: \'blcoks\' matches no parameter of Net; did you mean "blocks" or "blocks.1" or '
+            '"blocks.0"? The model\'s top-level parts are: '
             "stem, blocks, norm, fc, embed; the roles are: all, backbone, bias, head, norm, last N blocks",
         ),
         (
-            "layer4", NO_HEAD,
+            "layer4",
+            NO_HEAD,
             "here: 'layer4' matches no parameter of Headless. The model's top-level parts are: a, b; "
             "the roles are: all, backbone, bias, head, norm, last N blocks",
         ),
@@ -118,26 +125,42 @@ ALL_FROZEN = ModelFacts("Ice", (P("a.weight", (2,), frozen_by_hand=True), P("b.w
         ("blocks.9*", NET, "here: 'blocks.9*' matches no parameter of Net"),
         ("Head", NET, 'did you mean "head"'),
         ("", NET, "here: '' matches no parameter of Net"),
-        ("norm", NO_HEAD, "here: 'norm' matches no parameter of Headless"),
         (
-            "head", NO_HEAD,
-            "here: 'head' needs to know the head of Headless, and none was recognised; name the module instead, for example "
-            "\"b\", or say head=\"b\" to lehr.inspect or lehr.plan",
+            "norm",
+            NO_HEAD,
+            "here: 'norm' matches no parameter of Headless. The model's",
+        ),  # a role, and not its own nearest name
+        (
+            "head",
+            NO_HEAD,
+            "here: 'head' needs to know the head of Headless, and none was recognised; name the module "
+            "instead, for example "
+            '"b", or say head="b" to lehr.inspect or lehr.plan',
         ),
         ("backbone", NO_HEAD, "'backbone' needs to know the head of Headless"),
-        ("last 4 blocks", NET, "here: 'last 4 blocks' of Net, which has 3 recognised blocks; expected a number from 1 to 3"),
-        ("last 0 blocks", NET, "expected a number from 1 to 3"),
-        ("last block", NO_HEAD, "here: no blocks were recognised in Headless; name its modules instead, for example ('a', 'b')"),
         (
-            "all", ALL_FROZEN,
-            "here: 'all' leaves out what was frozen by hand, and all of Ice was; name what to train, for example "
-            "\"b.weight\" or \"*\" for everything",
+            "last 4 blocks",
+            NET,
+            "here: 'last 4 blocks' of Net, which has 3 recognised blocks; expected a number from 1 to 3",
         ),
-        ([], NET, "here: an empty list selects nothing; name what to train, for example \"head\" or \"all\""),
-        ([5], NET, "here: 5 is not a pattern; expected a text such as \"head\" or \"layer4\""),
+        ("last 0 blocks", NET, "expected a number from 1 to 3"),
+        (
+            "last block",
+            NO_HEAD,
+            "here: no blocks were recognised in Headless; name its modules instead, for example ('a', 'b')",
+        ),
+        (
+            "all",
+            ALL_FROZEN,
+            "here: 'all' leaves out what was frozen by hand, and all of Ice was; name what to train, for "
+            "example "
+            '"b.weight" or "*" for everything',
+        ),
+        ([], NET, 'here: an empty list selects nothing; name what to train, for example "head" or "all"'),
+        ([5], NET, 'here: 5 is not a pattern; expected a text such as "head" or "layer4"'),
         (["head", "layre"], NET, "here: 'layre' matches no parameter"),
     ],
-)  # fmt: skip
+)
 def test_near_misses(patterns: str | list[str], facts: ModelFacts, message: str) -> None:
     """A pattern that matches nothing is refused, naming the nearest names and what there is."""
     with pytest.raises(SelectionError) as caught:
@@ -152,7 +175,9 @@ def test_everything_frozen_by_hand_can_be_named() -> None:
 
 
 def test_partition() -> None:
-    """Patterns that do not overlap give each parameter its one owner; what a stage does not train is not claimed."""
+    """Patterns that do not overlap give each parameter its one owner; what a stage does not train is not
+    claimed.
+    """
     owner = partition(("backbone", "head"), ("stem.conv.weight", "fc.bias", "fc.weight"), NET, where="lr")
     assert owner == {"stem.conv.weight": "backbone", "fc.bias": "head", "fc.weight": "head"}
 
@@ -161,29 +186,38 @@ def test_partition() -> None:
     ("patterns", "names", "message"),
     [
         (
-            ("head", "*"), ("fc.weight", "fc.bias"),
-            "lr: 'fc.weight' is in both 'head' and '*'; each parameter has one rate, so write patterns that do not overlap",
+            ("head", "*"),
+            ("fc.weight", "fc.bias"),
+            "lr: 'fc.weight' is in both 'head' and '*'; each parameter has one rate, so write patterns that "
+            "do not overlap",
         ),
         (
-            ("head", "backbone"), ("fc.weight", "fc.bias"),
-            "lr: 'backbone' names nothing that this stage trains; leave it out, or add it to the stage's `train`",
+            ("head", "backbone"),
+            ("fc.weight", "fc.bias"),
+            "lr: 'backbone' names nothing that this stage trains; leave it out, or add it to the stage's "
+            "`train`",
         ),
         (
-            ("head",), ("fc.weight", "stem.conv.weight", "norm.weight"),
+            ("head",),
+            ("fc.weight", "stem.conv.weight", "norm.weight"),
             "lr: 'stem.conv.weight' and 1 more would be trained but has no rate: ['head'] leave it out; "
-            "add a pattern that names it, for example \"backbone\"",
+            'add a pattern that names it, for example "backbone"',
         ),
         (("haed",), ("fc.weight",), "lr: 'haed' matches no parameter of Net; did you mean \"head\"?"),
     ],
-)  # fmt: skip
+)
 def test_partition_refused(patterns: tuple[str, ...], names: tuple[str, ...], message: str) -> None:
-    """Two owners, no owner, or a pattern that owns nothing is an error that names the parameter and the mending."""
+    """Two owners, no owner, or a pattern that owns nothing is an error that names the parameter and the
+    mending.
+    """
     with pytest.raises(SelectionError) as caught:
         partition(patterns, names, NET, where="lr")
     assert message in str(caught.value)
 
 
-PATTERNS = st.sampled_from(["all", "head", "backbone", "norm", "bias", "last block", "blocks.0", "*.weight", "head.bias", "*"])
+PATTERNS = st.sampled_from(
+    ["all", "head", "backbone", "norm", "bias", "last block", "blocks.0", "*.weight", "head.bias", "*"]
+)
 
 
 @given(models(), st.lists(PATTERNS, min_size=1, max_size=4))

@@ -9,6 +9,9 @@ from lehr.selection import ModelFacts
 SMALL_IMAGE = 48
 """Images up to this side are digits, icons and the like: mirrored they may be something else, so they are shifted only."""
 
+SMALL_NETWORK = 1_000_000
+"""Parameters. A network below it was pretrained on little, and learns as fast when thawed as from scratch."""
+
 
 def default_recipe(
     facts: ModelFacts, *, samples: int, image_side: int, pretrained: bool = True, seed: int = 0
@@ -48,11 +51,16 @@ def _stages(facts: ModelFacts, samples: int, batch: int, pretrained: bool) -> li
     steps_per_epoch = max(1, samples // batch)
     if not pretrained or not facts.head:
         return [Stage(_epochs(3000, steps_per_epoch, 20, 100), train="all", lr=1e-3)]
+    if facts.count() < SMALL_NETWORK:
+        return [
+            Stage(_epochs(60, steps_per_epoch, 4, 30), train="head", lr=1e-2),
+            Stage(_epochs(120, steps_per_epoch, 6, 40), train="all", lr=3e-3),
+        ]
     return [
-        # A new head starts from noise; backwards through it, a thawed backbone would be spoilt first. About 500 steps bring a linear
-        # head within reach of its optimum, a few epochs do where there is much data.
+        # A new head starts from noise; backwards through it, a thawed backbone would be spoilt first. About
+        # 500 steps bring a linear head within reach of its optimum; a few epochs do where there is much data.
         Stage(_epochs(500, steps_per_epoch, 4, 30), train="head", lr=3e-3),
-        # The backbone is only adjusted: a tenth of the head's rate, and that after a warm-up that fills Adam's moments.
+        # The backbone is only adjusted: a tenth of the head's rate, after a warm-up that fills Adam's moments.
         Stage(_epochs(800, steps_per_epoch, 6, 40), train="all", lr={"head": 1e-3, "backbone": 1e-4}),
     ]
 

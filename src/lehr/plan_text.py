@@ -89,7 +89,7 @@ def _span(stage: PlannedStage, start: int, stop: int) -> str:
 
 def _rest(plan: Plan) -> str:
     said = [
-        f"min_lr {plan.min_lr:g}" if plan.min_lr else "",
+        f"lowest rate {plan.min_lr:g} (min_lr)" if plan.min_lr else "",
         f"gradients clipped at norm {plan.clip_norm:g}" if plan.clip_norm != float("inf") else "",
         f"moving average of the weights, decay {plan.ema:g}" if plan.ema else "",
         f"label smoothing {plan.label_smoothing:g}" if plan.label_smoothing else "",

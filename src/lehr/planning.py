@@ -380,9 +380,12 @@ def _groups(
 def _words(recipe: Recipe, facts: ModelFacts) -> dict[str, frozenset[str]]:
     """The patterns that the recipe uses and the roles that the model has, each with what it means."""
     said = [p for s in recipe.stages if isinstance(s.lr, Mapping) for p in s.lr] + [p for s in recipe.stages for p in s.train]
-    roles = ["head", "backbone"] if facts.head else []
-    words = {word: frozenset(select(word, facts).names) for word in dict.fromkeys([*said, *roles])}
-    return {**words, "all": frozenset(p.name for p in facts.parameters)}
+    every = frozenset(p.name for p in facts.parameters)
+    words = {word: frozenset(select(word, facts).names) for word in dict.fromkeys(said)}
+    if facts.head:
+        head = frozenset(select("head", facts).names)
+        words |= {"head": head, "backbone": every - head}  # the whole model may be its head: then no one's word is "backbone"
+    return {**words, "all": every}
 
 
 def _word_for(names: Sequence[str], words: Mapping[str, frozenset[str]]) -> str:

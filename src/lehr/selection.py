@@ -162,7 +162,8 @@ def _match(pattern: str, facts: ModelFacts, where: str) -> tuple[str, ...]:
             f'name what to train, for example "{facts.parameters[-1].name}" or "*" for everything'
         )
     if not found:
-        hint = nearest(pattern, (*ROLES, "last 2 blocks", *facts.modules, *facts.by_name))
+        known = (*ROLES, "last 2 blocks", *facts.modules, *facts.by_name)
+        hint = nearest(pattern, (word for word in known if word != pattern))
         roots = ", ".join(dict.fromkeys(name.split(".")[0] for name in facts.by_name))
         raise SelectionError(
             f"{where}: {pattern!r} matches no parameter of {facts.name}{hint} The model's top-level parts are: {roots}; "

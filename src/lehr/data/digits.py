@@ -12,11 +12,11 @@ from lehr.data.arrays import Arrays, items_of
 from lehr.data.listing import Item
 from lehr.data.split import split_by_count
 
-PER_CLASS = 10  # labels of each class that `digits` trains on
+PER_CLASS = 5  # labels of each class that `digits` trains on
 
 
 def load_digits_few(seed: int) -> Arrays:
-    """The classes "5" to "9": ten of each, chosen by `seed`, to train on; all the rest to validate."""
+    """The classes "5" to "9": five of each, chosen by `seed`, to train on; all the rest to validate."""
     arrays = digits_of(range(5, 10))
     train, valid = split_by_count(arrays.train, per_class=PER_CLASS, seed=seed)
     split = f"{PER_CLASS} images of each class to train on, chosen by seed {seed}; all others validate"

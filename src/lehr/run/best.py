@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ class Best:
             raise RunError(
                 f"monitor: no metric is called {self._monitor!r}{nearest(self._monitor, row)} There are: {', '.join(row)}"
             )
-        value = self._sign * row[self._monitor]
+        measured = row[self._monitor]
+        value = -math.inf if math.isnan(measured) else self._sign * measured  # nothing compares with NaN
         of_stage = self._stage is None or value > self._stage.value
         of_run = self._run is None or value > self._run.value
         if of_stage or of_run:
@@ -62,7 +64,7 @@ class Best:
             self._stage = kept if of_stage else self._stage
             if of_run:
                 self._run = kept
-                self._waiting_since = max(self._waiting_since, epoch)
+                self._waiting_since = epoch
                 if self._folder:
                     self._folder.save_weights(kept.state)
         return of_run
@@ -71,13 +73,19 @@ class Best:
         """Epochs of this stage, up to and with `epoch`, that brought no new best of the run."""
         return epoch - self._waiting_since if self._monitor else 0
 
-    def restore_stage(self, model: nn.Module, average: Ema | None, last: int) -> int | None:
-        """Put the stage's best weights back, unless they are those of its `last` epoch; the epoch that was restored."""
-        return _restored(self._stage, model, average, last)
+    def restore(self, model: nn.Module, average: Ema | None, epoch: int, *, of_run: bool) -> int | None:
+        """Put the best weights of the run, or of the stage, into the model and its average.
 
-    def restore_run(self, model: nn.Module, average: Ema | None, last: int) -> int | None:
-        """Put the run's best weights back, unless they are those of its `last` epoch; the epoch that was restored."""
-        return _restored(self._run, model, average, last)
+        Returns:
+            The epoch that they come from; None where that is `epoch`, the one that was just trained, or nothing was kept.
+        """
+        kept = self._run if of_run else self._stage
+        if kept is None:
+            return None
+        unwrap(model).load_state_dict(kept.state)
+        if average:
+            average.model.load_state_dict(kept.state)
+        return kept.epoch if kept.epoch != epoch else None
 
     def finish(self, model: nn.Module) -> None:
         """Where no best was kept, the last weights are the run's."""
@@ -87,15 +95,6 @@ class Best:
     def row(self, history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
         """The best epoch's row of `history`, or the last one."""
         return next((row for row in history if self._run and row["epoch"] == self._run.epoch), history[-1])
-
-
-def _restored(kept: _Kept | None, model: nn.Module, average: Ema | None, last: int) -> int | None:
-    if kept is None:
-        return None
-    unwrap(model).load_state_dict(kept.state)
-    if average:
-        average.model.load_state_dict(kept.state)
-    return kept.epoch if kept.epoch != last else None
 
 
 def _copied(model: nn.Module) -> State:

@@ -14,28 +14,29 @@ class Ema:
     """A second model whose weights follow the first: average += (1 - d) * (weight - average) after each step.
 
     d at step t (0-based) is min(decay, (1 + t) / (10 + t)), so that a short run is not held at its start (the rule of TensorFlow's
-    ExponentialMovingAverage). Floating-point buffers are averaged alike, others copied. What is frozen stays equal to the bit.
+    ExponentialMovingAverage). Floating-point buffers are averaged alike. Whole numbers are copied, and so are tensors that hold an
+    infinity (the mask of an attention), of which there is no average. What is frozen stays equal to the bit.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = deepcopy(unwrap(model)).eval().requires_grad_(False)
+        self._source = unwrap(model)
+        self.model = deepcopy(self._source).eval().requires_grad_(False)
         self._decay = decay
-        source, average = _tensors(unwrap(model)), _tensors(self.model)
-        floating = [t.is_floating_point() for t in source]
-        self._averaged = (
-            [t for t, f in zip(average, floating, strict=True) if f],
-            [t for t, f in zip(source, floating, strict=True) if f],
-        )
-        self._copied = [(a, s) for a, s, f in zip(average, source, floating, strict=True) if not f]
+        self._moves = [t.is_floating_point() and bool(t.isfinite().all()) for t in _tensors(self._source)]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after update `step`."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(*self._averaged, 1.0 - decay)
-        for average, source in self._copied:
-            average.copy_(source)
+        pairs = list(zip(_tensors(self.model), _tensors(self._source), self._moves, strict=True))
+        torch._foreach_lerp_(
+            [a for a, _, moves in pairs if moves], [s for _, s, moves in pairs if moves], 1.0 - decay
+        )
+        for average, source, moves in pairs:
+            if not moves:
+                average.copy_(source)
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Weights and buffers, looked up anew: a module may put another tensor in a buffer's place."""
     return [t.detach() for t in (*model.parameters(), *model.buffers())]

@@ -6,9 +6,7 @@ recipe.toml  plan.json  environment.json  journal.jsonl  best.safetensors
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -81,7 +79,7 @@ class RunFolder:
         """Write a text file, all of it or nothing."""
         aside = self.path / f".{name}.part"
         aside.write_text(text, encoding="utf-8")
-        os.replace(aside, self.path / name)
+        aside.replace(self.path / name)
 
 
 def environment(on: Arithmetic) -> dict[str, Any]:
@@ -99,10 +97,12 @@ def environment(on: Arithmetic) -> dict[str, Any]:
         "device_name": device,
         "precision": on.precision,
         "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in _NAMED_VERSIONS if name in _installed()},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {name: version for name in _NAMED_VERSIONS if (version := _version(name))},
     }
 
 
-def _installed() -> set[str]:
-    return {(dist.metadata["Name"] or "").lower() for dist in metadata.distributions()}
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""

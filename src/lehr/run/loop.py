@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from lehr._version import __version__
-from lehr.errors import RecipeError
+from lehr.errors import RecipeError, RequestError, nearest
 from lehr.journal import EpochEnded, Observer, RunEnded, RunStarted, StageEnded, StageStarted
 from lehr.planning import Plan, PlannedStage, resolve
 from lehr.recipe import Recipe
@@ -91,7 +92,7 @@ def fit(
         None if valid is None else feed(valid, seed=recipe.seed, workers=workers, pin=pin, what="valid")
     )
     plan = resolve(recipe, inspect(model), samples=training.samples, batches=training.batches)
-    _check(recipe, plan, training, validation)
+    _check(plan, training, validation, metrics)
 
     torch.manual_seed(plan.seed)
     model.to(on.device)
@@ -104,6 +105,7 @@ def fit(
         folder.describe(recipe, plan, on)
     best = Best(plan.monitor if validation or plan.monitor == "train_loss" else "", metrics, folder)
     history: list[Mapping[str, float]] = []
+    last = plan.stages[-1]
     began = time.monotonic()
 
     with telling(folder, observers) as tell:
@@ -113,38 +115,31 @@ def fit(
             best.begin_stage(stage.first_epoch)
             for epoch, start, stop in stage.epoch_ranges():
                 model.train()
-                watch = EpochWatch(plan, stage, (epoch, start, stop), tell)
-                for step, window in zip(
-                    plan.steps(start, stop, stage), training.windows(stage, epoch), strict=False
-                ):
-                    apply(step, model, torch_optimizer)
-                    watch.add(update(window, step.index), samples_in(window))
-                    if average:
-                        average.update(step.index)
+                with EpochWatch(plan, stage, (epoch, start, stop), tell) as watch:
+                    for step, window in zip(
+                        plan.steps(start, stop, stage), training.windows(stage, epoch), strict=False
+                    ):
+                        apply(step, model, torch_optimizer)
+                        watch.add(update(window, step.index), samples_in(window))
+                        if average:
+                            average.update(step.index)
                 row = watch.finish()
                 if validation:
                     row |= validate(
                         judged, validation, loss, metrics, batch_size=stage.batch_size, on=on, tell=tell
                     )
-                history.append(
-                    {
-                        "epoch": epoch,
-                        "stage": stage.index,
-                        "step": stop,
-                        **row,
-                        "best": best.offer(epoch, row, judged),
-                    }
-                )
+                is_best = best.offer(epoch, row, judged)
+                history.append({"epoch": epoch, "stage": stage.index, "step": stop, **row, "best": is_best})
                 tell(_epoch_ended(history[-1], plan, watch))
-                patient = stage is not plan.stages[-1] or best.epochs_since(epoch) < plan.patience
+                patient = stage is not last or best.epochs_since(epoch) < plan.patience
                 if not patient:
                     break
-            restored = best.restore_stage(model, average, last=epoch) if stage.restore_best else None
+            restored = (
+                best.restore(model, average, epoch, of_run=stage is last) if stage.restore_best else None
+            )
             reason = "length" if patient else "patience"
             tell(StageEnded(stage.index, stop, reason, restored))
-        if plan.stages[-1].restore_best:
-            best.restore_run(model, average, last=epoch)
-        elif average:
+        if average:
             unwrap(model).load_state_dict(average.model.state_dict())
         best.finish(model)
         result = Result(model, tuple(history), best.row(history), folder.path if folder else None)
@@ -152,18 +147,27 @@ def fit(
     return result
 
 
-def _check(recipe: Recipe, plan: Plan, training: Feed, validation: Feed | None) -> None:
+def _check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics | None) -> None:
     """Refuse what could only fail, or be ignored, later."""
-    needs = (
-        "restore_best"
-        if any(stage.restore_best for stage in plan.stages)
-        else "patience"
-        if recipe.patience
-        else ""
-    )
+    if metrics is not None and not isinstance(metrics, (Mapping, nn.ModuleDict)):
+        raise RequestError(
+            f'metrics: a {type(metrics).__name__}; expected torchmetrics by name, such as {{"f1": ...}}'
+        )
+    if metrics and validation is None:
+        raise RequestError(
+            "metrics: there is no validation set to measure them on; pass valid=, or leave them out"
+        )
+    restores = any(stage.restore_best for stage in plan.stages)
+    needs = "restore_best" if restores else "patience" if plan.patience < math.inf else ""
     if needs and validation is None and plan.monitor != "train_loss":
         raise RecipeError(
             f'{needs}: there is no validation set, so {plan.monitor!r} is never measured; pass valid=, or monitor="train_loss"'
+        )
+    named = ("accuracy",) if metrics is None else tuple(metrics)
+    measured = ["train_loss", "valid_loss", *(f"valid_{name}" for name in named)]
+    if validation and plan.monitor not in measured:
+        raise RecipeError(
+            f"monitor: no metric is called {plan.monitor!r}{nearest(plan.monitor, measured)} There are: {', '.join(measured)}"
         )
     if training.loader is None:
         return

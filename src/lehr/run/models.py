@@ -1,4 +1,4 @@
-"""Models by name, with what they were pretrained on: timm's, torchvision's, and the small one of the built-in job.
+"""Models by name, with what they were pretrained on: timm's, torchvision's, and lehr's own small one.
 
 mobilenetv2_100            any name that timm knows
 torchvision/resnet18       any name that torchvision knows
@@ -7,16 +7,19 @@ digits_net                 lehr's own, pretrained on the handwritten digits 0 to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lehr.data import Transform
-from lehr.errors import LehrError, ModelError, nearest
+from lehr.errors import ModelError, nearest
 from lehr.run.digits_net import digits_net
 from lehr.run.facts import inspect
 from lehr.run.weights import State, load_weights, read_weights
@@ -24,7 +27,14 @@ from lehr.run.weights import State, load_weights, read_weights
 DIGITS_NET = "digits_net"
 _TORCHVISION = "torchvision/"
 _DIGITS_WEIGHTS = "digits_0to4.safetensors"
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_WITHOUT_SIDE_EXITS = {"aux_logits": False, "init_weights": True, "transform_input": True}
+"""For the two of torchvision that would answer with several outputs while training; their published weights
+want the last of these.
+"""
+
+
+_NONE = "weights: none; every layer starts anew"
+_PUBLISHED = "weights: published by timm; the head is new"
 
 
 @dataclass(frozen=True)
@@ -57,40 +67,57 @@ def make_model(
         ModelError: for an unknown name, or published weights that cannot be had.
         WeightsError: for a file that does not fit.
     """
+    published = weights is None and pretrained
     if name == DIGITS_NET:
-        made = _digits(classes, weights is None and pretrained)
+        made = _digits(classes, published)
     elif name.startswith(_TORCHVISION):
-        made = _torchvision(
-            name.removeprefix(_TORCHVISION), classes, weights is None and pretrained, channels
-        )
+        made = _torchvision(name.removeprefix(_TORCHVISION), classes, published, channels)
     else:
-        made = _timm(name, classes, weights is None and pretrained, channels)
-    notes = list(made.notes)
-    if weights is not None:
-        notes += _loaded(made.module, read_weights(weights), str(weights))
+        made = _timm(name, classes, published, channels)
+    notes = made.notes if weights is None else _loaded(made.module, read_weights(weights), str(weights))
     return Made(made.module, _sized(made.transform, size), tuple(notes))
 
 
-def _loaded(module: nn.Module, state: State, where: str) -> list[str]:
+def check_fit(made: Made, classes: int, name: str) -> None:
+    """Show the model one black image, so that a size or a model that cannot work is refused at once.
+
+    Raises:
+        ModelError: where the model takes no images of this size, or does not say one number for each class.
+    """
+    height, width = made.transform.size
+    training = made.module.training
+    try:
+        with torch.no_grad():
+            answer = made.module.eval()(torch.zeros(1, made.transform.channels, height, width))
+    except Exception as error:  # models refuse in many ways: RuntimeError, AssertionError, ValueError
+        raise ModelError(
+            f"--model {name}: cannot take images of {height} x {width} pixels ({_first_line(error)}); "
+            "say another --size, or leave it out for the model's own"
+        ) from None
+    finally:
+        made.module.train(training)
+    found = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
+    if found != (1, classes):
+        raise ModelError(
+            f"--model {name}: answers one image with {found}; expected a classifier, which answers with "
+            f"{(1, classes)}: a number for each class"
+        )
+
+
+def _loaded(module: nn.Module, state: State, where: str) -> tuple[str, ...]:
     fitted = load_weights(module, state, head=inspect(module).head, where=where)
-    return [
-        f"weights: {len(fitted.loaded)} tensors from {where}",
-        *(f"weights: {line}" for line in fitted.lines()),
-    ]
+    first, *rest = fitted.lines()
+    return (f"weights: {where}: {first}", *(f"weights: {line}" for line in rest))
 
 
 def _digits(classes: int, pretrained: bool) -> Made:
     net = digits_net(classes)
     transform = Transform((8, 8), 8, (0.3,), (0.37,), channels=1)
     if not pretrained:
-        return Made(net, transform, ("weights: none; every layer starts anew",))
+        return Made(net, transform, (_NONE,))
     path = files("lehr.data") / _DIGITS_WEIGHTS
-    fitted = load_weights(net, read_weights(Path(str(path))), head=("head",), where=_DIGITS_WEIGHTS)
-    return Made(
-        net,
-        transform,
-        (f"weights: {len(fitted.loaded)} tensors pretrained on the digits 0 to 4; the head is new",),
-    )
+    load_weights(net, read_weights(Path(str(path))), head=("head",), where=_DIGITS_WEIGHTS)
+    return Made(net, transform, ("weights: pretrained on the digits 0 to 4; the head is new",))
 
 
 def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:
@@ -100,51 +127,51 @@ def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:
     if not timm.is_model(name):
         known = [*timm.list_models(), *(f"{_TORCHVISION}{n}" for n in _torchvision_names()), DIGITS_NET]
         raise ModelError(
-            f"--model {name}: neither timm nor lehr has it{nearest(name, known)} torchvision's are written torchvision/NAME"
+            f"--model {name}: neither timm nor lehr has it{_near(name, known)} "
+            f"torchvision's are written {_TORCHVISION}NAME"
         )
     try:
-        net = timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
-    except LehrError:
-        raise
+        with _quiet("huggingface_hub", "timm"):
+            net = timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
     except Exception as error:
         raise _unavailable(name, pretrained, error) from None
-    config: dict[str, Any] = resolve_model_data_config(net)
+    config: dict[str, Any] = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
     side = int(config["input_size"][1])
     transform = Transform(
-        (side, side), max(side, int(side / config["crop_pct"])), _per_channel(config["mean"], channels), _per_channel(config["std"], channels),
-        interpolation=config["interpolation"], channels=channels,
-    )  # fmt: skip
-    return Made(
-        net,
-        transform,
-        (
-            f"weights: {'published by timm; the head is new' if pretrained else 'none; every layer starts anew'}",
-        ),
+        (side, side),
+        max(side, int(side / config["crop_pct"])),
+        _per_channel(config["mean"], channels),
+        _per_channel(config["std"], channels),
+        interpolation=config["interpolation"],
+        channels=channels,
     )
+    return Made(net, transform, (_PUBLISHED if pretrained else _NONE,))
 
 
 def _torchvision(name: str, classes: int, pretrained: bool, channels: int) -> Made:
     from torchvision import models
 
     if name not in _torchvision_names():
-        raise ModelError(
-            f"--model {_TORCHVISION}{name}: torchvision has no such classifier{nearest(name, _torchvision_names())}"
-        )
+        near = _near(name, _torchvision_names())
+        raise ModelError(f"--model {_TORCHVISION}{name}: torchvision has no such classifier{near}")
     if channels != 3:
         raise ModelError(
-            f"--model {_TORCHVISION}{name}: takes colour images only, these are grey; a timm model takes either"
+            f"--model {_TORCHVISION}{name}: takes colour images only; for grey ones name a timm model"
         )
-    net = models.get_model(name, weights=None, num_classes=classes)
     published = models.get_model_weights(name).DEFAULT
-    notes = ["weights: none; every layer starts anew"]
+    preset = published.transforms()
+    side = int(preset.crop_size[0])
+    own: dict[str, Any] = _WITHOUT_SIDE_EXITS if name in ("googlenet", "inception_v3") else {}
+    if name.startswith("vit_"):
+        own = {"image_size": side}  # some published weights are for another size than the model's default
+    net = models.get_model(name, weights=None, num_classes=classes, **own)
+    notes: tuple[str, ...] = (_NONE,)
     if pretrained:
         try:
-            state = published.get_state_dict(progress=False)
+            state = published.get_state_dict(progress=True, check_hash=True)
         except Exception as error:
             raise _unavailable(_TORCHVISION + name, pretrained, error) from None
         notes = _loaded(net, state, "published by torchvision")
-    preset = published.transforms()
-    side = int(preset.crop_size[0])
     transform = Transform(
         (side, side),
         int(preset.resize_size[0]),
@@ -152,7 +179,7 @@ def _torchvision(name: str, classes: int, pretrained: bool, channels: int) -> Ma
         tuple(preset.std),
         interpolation=preset.interpolation.value,
     )
-    return Made(net, transform, tuple(notes))
+    return Made(net, transform, notes)
 
 
 def _torchvision_names() -> list[str]:
@@ -162,13 +189,35 @@ def _torchvision_names() -> list[str]:
 
 
 def _unavailable(name: str, pretrained: bool, error: Exception) -> ModelError:
-    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    said = _first_line(error)
     if not pretrained:
         return ModelError(f"--model {name}: could not be made: {said}")
     return ModelError(
-        f"--model {name}: its published weights could not be had ({said}); give a local file with --weights FILE, "
-        "or start from nothing with --no-pretrained"
+        f"--model {name}: its published weights could not be had ({said}); "
+        "give a local file with --weights FILE, or start from nothing with --no-pretrained"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(" .")
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """The known names that begin as `name` does, before those that only look like it."""
+    return nearest(name, [k for k in known if k.startswith(name)] or known)
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Without other packages' warnings, such as a line for each retry: what fails is raised and said once."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -185,6 +234,4 @@ def _sized(transform: Transform, size: int | None) -> Transform:
     if size is None:
         return transform
     shorter = transform.resize if isinstance(transform.resize, int) else min(transform.resize)
-    from dataclasses import replace
-
     return replace(transform, size=(size, size), resize=max(size, round(size * shorter / transform.size[0])))

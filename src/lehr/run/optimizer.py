@@ -42,7 +42,9 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         [['0.weight', '0.bias']]
     """
     cls: Any = _optimizer_class(plan.optimizer)
-    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.optimizer_settings.items()}
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in plan.optimizer_settings.items()
+    }
     accepted = inspect.signature(cls).parameters
     for key in settings:
         if key not in accepted:
@@ -85,15 +87,15 @@ def apply(step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     does not train is frozen (`lehr.freeze`): no gradients, eval mode, whatever `model.train()` says. Cheap enough for every step.
 
     Raises:
-        RecipeError: for an optimizer whose groups are not the plan's (`lehr.optimizer` makes one).
+        RecipeError: for an optimizer whose groups are not the plan's (`lehr.optimizer` makes one); nothing has changed then.
     """
+    names = [group.get("name") for group in optimizer.param_groups]
+    if names != list(step.lr):
+        raise RecipeError(
+            f"the optimizer has the groups {names}, the plan has {list(step.lr)}; make it with lehr.optimizer(plan, model)"
+        )
     set_trainable(model, step.trainable)
-    for group in optimizer.param_groups:
-        name = str(group.get("name"))
-        if name not in step.lr:
-            raise RecipeError(
-                f"the optimizer has a group {name!r} that the plan does not have; make it with lehr.optimizer(plan, model)"
-            )
+    for name, group in zip(names, optimizer.param_groups, strict=True):
         group["lr"] = step.lr[name]
         if "weight_decay" in group:
             group["weight_decay"] = step.weight_decay[name]

@@ -1,9 +1,9 @@
-"""A finished run, used again: `load` gives its model, its transform and its classes; `predict` says what is in images."""
+"""A finished run, used again: `load` gives model, transform and classes; `predict` says what is in images."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,19 +13,22 @@ from torch import nn
 
 from lehr.data import Transform, read_image
 from lehr.data.augment import Pipeline
-from lehr.errors import DataError, RequestError, WeightsError
+from lehr.errors import DataError, RequestError, WeightsError, nearest
+from lehr.run.facts import unwrap
+from lehr.run.folder import RunFolder
 from lehr.run.models import make_model
 from lehr.run.precision import arithmetic
-from lehr.run.weights import read_weights
+from lehr.run.weights import listed, read_weights
 
 CARD = "model.json"
 _BATCH = 32
 
 
 class Loaded(NamedTuple):
-    """A run's model in eval mode with its best weights, the validation transform (PIL image -> tensor), and the class names.
+    """A run's model with its best weights, in eval mode; its validation transform; the names of its classes.
 
-    For a run of a person's own model, which has neither, `transform` is None and `classes` is empty.
+    `transform` turns a PIL image into a tensor. For a run of a person's own model, which has neither, `transform`
+    is None and `classes` is empty.
     """
 
     model: nn.Module
@@ -48,7 +51,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image: the classes from the likeliest on, with probabilities; or why there is none."""
+    """What a model says of one image: the likeliest classes with probabilities, best first; or its error."""
 
     path: str
     top: tuple[tuple[str, float], ...] = ()
@@ -60,39 +63,32 @@ def load(run: str | Path, *, model: nn.Module | None = None, device: str = "cpu"
 
     Args:
         run: a run directory.
-        model: the module to load into, for a run of `lehr.fit` on a model of your own; what the command line made needs none.
-        device: where the model goes.
+        model: the module to load into, for a run of `lehr.fit` on a model of your own; for what the command line
+            made it may be left out.
+        device: where the model goes: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"` or `"auto"`.
 
     Raises:
-        RequestError: where `run` is no run directory, or cannot be made again without `model`.
-        WeightsError: where the weights do not fit.
+        RequestError: where `run` is no run directory, or its model cannot be made without `model`.
+        WeightsError: where the weights do not fit; `model` is unchanged.
 
     Example:
         model, transform, classes = lehr.load("runs/digits-digits_net-1")
         probabilities = model(transform(image).unsqueeze(0)).softmax(1)
     """
-    folder = Path(run)
-    weights = folder / "best.safetensors"
+    folder = Path(run).expanduser()
+    place = arithmetic(device).device
+    weights = RunFolder(folder).weights
     if not weights.is_file():
-        what = (
-            "has no best.safetensors yet: no epoch of it has ended"
-            if (folder / "journal.jsonl").is_file()
-            else "is not a run directory"
-        )
-        raise RequestError(f"{folder} {what}; expected a directory that lehr fit made")
+        raise RequestError(f"{folder}: {_no_weights(folder)}; expected a directory that lehr fit made")
     card = _read_card(folder)
     if model is None and card is None:
         raise RequestError(
-            f"{folder}: a run of your own model, which lehr cannot make; pass it: lehr.load({str(folder)!r}, model=...)"
+            f"{folder}: a run of your own model, which lehr cannot make; "
+            f"pass it: lehr.load({str(folder)!r}, model=...)"
         )
-    module = model or _made(card)
-    state = read_weights(weights)
-    lacking = module.load_state_dict(state, strict=False)
-    if lacking.missing_keys or lacking.unexpected_keys:
-        raise WeightsError(
-            f"{weights}: does not fit the model: lacks {lacking.missing_keys[:3]}, has {lacking.unexpected_keys[:3]} besides"
-        )
-    module.to(arithmetic(device).device).eval()
+    module = _made(card) if model is None else model
+    _fill(unwrap(module), read_weights(weights), weights)
+    module.to(place).eval()
     return Loaded(module, card.transform.valid() if card else None, card.classes if card else ())
 
 
@@ -142,9 +138,37 @@ def _predicted(
 
 def _made(card: Card | None) -> nn.Module:
     assert card is not None
-    return make_model(
-        card.model, len(card.classes), pretrained=False, channels=card.transform.channels
-    ).module
+    channels = card.transform.channels
+    return make_model(card.model, len(card.classes), pretrained=False, channels=channels).module
+
+
+def _fill(module: nn.Module, state: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Load exactly `state`, all of it or nothing."""
+    own = module.state_dict()
+    lacking = [name for name in own if name not in state]
+    besides = [name for name in state if name not in own]
+    other = [
+        f"{name} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if lacking or besides or other:
+        found = (("lacks", lacking), ("has besides", besides), ("has in another shape", other))
+        said = "; ".join(f"it {what} {listed(names)}" for what, names in found if names)
+        raise WeightsError(
+            f"{where}: does not fit the model: {said}; expected the very model that was trained"
+        )
+    module.load_state_dict(state)
+
+
+def _no_weights(folder: Path) -> str:
+    """Why there is nothing to load from `folder`."""
+    if RunFolder(folder).journal.is_file():
+        return f"has no {RunFolder(folder).weights.name}: no epoch of this run has ended"
+    if folder.exists():
+        return "is not a run directory"
+    runs = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    return "no such directory" + nearest(folder.name, runs).rstrip(".")
 
 
 def _read_card(folder: Path) -> Card | None:

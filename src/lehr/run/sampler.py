@@ -6,7 +6,7 @@ worker processes) or from a data loader that the person made. It must not know m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -87,9 +87,7 @@ class Feed:
     def _drawn(self, batches: Sequence[torch.Tensor], view: int) -> Iterator[Any]:
         if type(self.source) is TensorDataset:
             return _gathered(self.source, batches)
-        self._keys.keys = [
-            [(index, view) for index in batch.tolist()] for batch in batches
-        ]
+        self._keys.keys = [[(index, view) for index in batch.tolist()] for batch in batches]
         return iter(self._by_key)
 
     @property
@@ -104,7 +102,7 @@ class Feed:
     def _by_key(self) -> DataLoader[Any]:
         """Draws samples by (index, view). Its workers live as long as the feed; with a generator of its own it leaves torch's global
         one untouched, so that nothing depends on how many workers there are.
-        """  # noqa: D205
+        """
         return DataLoader(
             pure(self._dataset, self.seed), batch_sampler=self._keys, num_workers=self.workers, pin_memory=self.pin,
             persistent_workers=self.workers > 0, generator=torch.Generator().manual_seed(self.seed),
@@ -131,7 +129,8 @@ def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor]) -> Iterato
         sizes = [len(batch) for batch in some]
         together = torch.cat(list(some))
         yield from (
-            list(parts) for parts in zip(*(torch.split(t[together], sizes) for t in source.tensors), strict=True)
+            list(parts)
+            for parts in zip(*(torch.split(t[together], sizes) for t in source.tensors), strict=True)
         )
 
 
@@ -139,26 +138,32 @@ def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str
     """A feed over a map-style data set or a data loader.
 
     Raises:
-        DataError: for data without a length, without `__getitem__`, or empty.
+        DataError: for data without a length, without `__getitem__`, or empty; for a validation loader that leaves samples out.
     """
-    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
-    if (
-        isinstance(dataset, IterableDataset)
-        or not isinstance(data, DataLoader)
-        and not callable(getattr(data, "__getitem__", None))
-    ):
+    loader = data if isinstance(data, DataLoader) else None
+    dataset: Any = data if loader is None else loader.dataset
+    if isinstance(dataset, IterableDataset) or not callable(getattr(dataset, "__getitem__", None)):
         raise DataError(
-            f"{what}: {type(data).__name__} has no samples by index; pass a map-style data set or a DataLoader over one"
+            f"{what}: {type(dataset).__name__} has no samples by index; pass a map-style data set or a DataLoader over one"
         )
+    sized: Any = dataset if loader is None else loader.sampler  # a sampler may draw a part of its data set
     try:
-        samples = len(dataset)
+        samples = len(sized)
     except TypeError:
         raise DataError(
-            f"{what}: {type(dataset).__name__} has no length, so an epoch cannot be planned; give it __len__"
+            f"{what}: {type(sized).__name__} has no length, so an epoch cannot be planned; give it __len__"
         ) from None
-    if not samples or (isinstance(data, DataLoader) and not len(data)):
+    if not samples or (loader is not None and not len(loader)):
         raise DataError(
             f"{what}: empty; there is nothing to {'train on' if what == 'train' else 'validate with'}"
+        )
+    left_out = (
+        samples % loader.batch_size if loader is not None and loader.drop_last and loader.batch_size else 0
+    )
+    if left_out and what == "valid":
+        raise DataError(
+            f"valid: the DataLoader would leave out the last {left_out} of {samples} samples, and a validation set is used whole; "
+            "make it with drop_last=False"
         )
     return Feed(data, samples, seed, workers, pin)
 
@@ -169,15 +174,21 @@ def size_of(batch: Any) -> int:
     Raises:
         DataError: for a batch without a tensor.
     """
+    first = _first_tensor(batch)
+    if first is None:
+        raise DataError(
+            f"a batch is a {type(batch).__name__} without a tensor; expected tensors, or lists and dicts of them"
+        )
+    return len(first) if first.ndim else 1
+
+
+def _first_tensor(batch: Any) -> torch.Tensor | None:
     if isinstance(batch, torch.Tensor):
-        return len(batch) if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
-    for part in parts:
-        if isinstance(part, (torch.Tensor, dict, list, tuple)):
-            return size_of(part)
-    raise DataError(
-        f"a batch is a {type(batch).__name__} without a tensor; expected tensors, or lists and dicts of them"
+        return batch
+    parts = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     )
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
 
 
 def samples_in(window: Window) -> int:

@@ -70,10 +70,7 @@ class Update:
             nn.utils.clip_grad_norm_(parameters, self._plan.clip_norm)
 
     def _scaled(self, scaler: torch.amp.GradScaler, window: Window, total: int, step: int) -> torch.Tensor:
-        device = self._on.device
-        buffers = [buffer for buffer in self._model.buffers()]
-        before = [buffer.clone() for buffer in buffers]
-        states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        undo = _undo(self._model, self._on.device)
         for _ in range(_MOST_TRIES):
             self._optimizer.zero_grad(set_to_none=True)
             loss = self._backward(window, total, step)
@@ -84,13 +81,31 @@ class Update:
             scaler.update()
             if scaler.get_scale() >= scale:
                 return loss
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-            torch.set_rng_state(states[0])
-            if states[1] is not None:
-                torch.cuda.set_rng_state(states[1], device)
+            undo()
         what = f"the fp16 gradients overflowed {_MOST_TRIES} times in a row, at every scale down to {scaler.get_scale():g}, and they did so"
         raise NonFiniteError(non_finite(what, step, self._plan))
+
+
+def _undo(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """A function that makes buffers and random states again what they are now."""
+    before = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    on_cpu = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def undo() -> None:
+        for table, name, buffer, value in before:
+            buffer.copy_(value)
+            table[name] = buffer  # a module may have put another tensor in its place
+        torch.set_rng_state(on_cpu)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+    return undo
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Loss:
@@ -130,7 +145,7 @@ def scalar_loss(returned: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Te
         raise RunError(
             f"the loss function returned {shape}; expected a scalar tensor, or a dict with one as 'loss'"
         )
-    return loss
+    return loss if loss.ndim == 0 else loss.reshape(())
 
 
 def placed(batch: Any, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lehr.data.purity import preserved
 from lehr.errors import RunError
 from lehr.journal import Validating
 from lehr.run.precision import Arithmetic
@@ -43,6 +44,8 @@ def validate(
         RunError: for metrics whose loss function returns no `outputs` and `targets`.
     """
     loss = loss or cross_entropy()
+    for metric in (metrics or {}).values():
+        metric.to(on.device).reset()
     next_look = time.perf_counter() + REFRESH
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -51,7 +54,7 @@ def validate(
         0,
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), preserved():  # training goes on as if there had been no validation
             for batch in feed.sequential(batch_size):
                 size = size_of(batch)
                 with on.autocast():
@@ -67,8 +70,7 @@ def validate(
             module.training = mode
     values = {"valid_loss": total.item() / samples}
     for name, metric in (metrics or {}).items():
-        values[f"valid_{name}"] = float(metric.compute())
-        metric.reset()
+        values[f"valid_{name}"] = _number(metric.compute(), name)
     return values
 
 
@@ -78,6 +80,19 @@ def higher_is_better(monitor: str, metrics: Metrics | None) -> bool:
     if metric is not None and metric.higher_is_better is not None:
         return bool(metric.higher_is_better)
     return not any(word in monitor for word in _LOWER_IS_BETTER)
+
+
+def _number(value: Any, name: str) -> float:
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        what = (
+            f"a tensor of shape {tuple(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else f"a {type(value).__name__}"
+        )
+        raise RunError(
+            f'metrics: {name!r} gives {what}; expected one number, for example with average="macro"'
+        )
+    return float(value)
 
 
 def _counted(

@@ -10,13 +10,22 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
 from lehr.errors import NonFiniteError, RunError
 from lehr.journal import (
-    LOSSES_PER_EVENT, EpochEnded, Event, Interrupted, Journal, Observer, Progressed, RunFailed, StageStarted, StepsTaken,
+    LOSSES_PER_EVENT,
+    EpochEnded,
+    Event,
+    Interrupted,
+    Journal,
+    Observer,
+    Progressed,
+    RunFailed,
+    StageStarted,
+    StepsTaken,
 )  # fmt: skip
 from lehr.planning import Plan, PlannedStage
 from lehr.run.folder import RunFolder
@@ -30,7 +39,8 @@ REFRESH = 0.1
 class EpochWatch:
     """Counts one epoch: takes each step's loss as it is, on its device, and tells of it in time.
 
-    `train_loss` is the mean over the epoch's samples; `seconds` runs from the making of the watch until it is read.
+    `train_loss` is the mean over the epoch's samples; `seconds` runs from the making of the watch until it is read. As a context, it
+    tells of the steps that were done also where the epoch breaks off.
     """
 
     def __init__(
@@ -49,6 +59,16 @@ class EpochWatch:
         self._losses: list[float] = []
         self._sizes: list[int] = []
         self._sum, self._samples, self._told = 0.0, 0, self.start
+        self.samples_per_second = 0.0
+
+    def __enter__(self) -> EpochWatch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            with suppress(NonFiniteError, RuntimeError):  # the device itself may have failed
+                self._read()
+            self._flush()
 
     def add(self, loss: torch.Tensor, samples: int) -> None:
         """Take the loss of the next step, the mean over `samples`."""
@@ -149,7 +169,9 @@ def telling(folder: RunFolder | None, observers: Sequence[Observer]) -> Iterator
     at = [0, 0]  # step, stage
 
     def tell(event: Event) -> None:
-        if isinstance(event, (Progressed, EpochEnded)):
+        if isinstance(event, StepsTaken):
+            at[0] = event.stop
+        elif isinstance(event, (Progressed, EpochEnded)):
             at[:] = event.step, event.stage
         elif isinstance(event, StageStarted):
             at[:] = event.start, event.stage

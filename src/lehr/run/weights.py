@@ -1,13 +1,14 @@
 """Weights files: read without running anything, fitted to a model by name, written as safetensors.
 
-A file may be `.safetensors`, or what `torch.save` wrote (read with `weights_only`). Wrappers such as `{'state_dict': ...}` and
-prefixes such as `module.` are understood. This file must not know what the weights are for.
+A file may be `.safetensors`, or what `torch.save` wrote (read with `weights_only`). Wrappers such as
+`{'state_dict': ...}` and prefixes such as `module.` are understood. This file must not know what the weights
+are for.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lehr.errors import WeightsError, nearest
+from lehr.errors import RunError, WeightsError, nearest
 
 State = dict[str, torch.Tensor]
 _WRAPPERS = (
@@ -33,12 +34,19 @@ _WRAPPERS = (
     "state_dict_ema",
     "model_ema",
 )
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "backbone.")
+_LEAST = 0.1
+"""Of the model's tensors: what fits less than this fits by chance."""
+_COUNTER = "num_batches_tracked"
+"""Batch-norm's count of batches: many files lack it, and nothing but a cumulative average needs it."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came of loading a file into a model: names that were loaded, lacked a tensor, had another shape, or no place."""
+    """What came of loading a file into a model, by name.
+
+    `loaded` fitted; `missing` were not in the file; `other_shape` had another shape there; `unknown` are in
+    the file alone.
+    """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
@@ -46,13 +54,17 @@ class Fitted:
     unknown: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """One line for each kind of thing that did not fit."""
+        """How much of the model was in the file, and one line for each kind of thing that did not fit."""
+        whole = len(self.loaded) + len(self.missing) + len(self.other_shape)
         kinds = (
             ("not in the file, so left as initialised", self.missing),
             ("of another shape in the file, so left as initialised", self.other_shape),
             ("in the file but not in the model, so left out", self.unknown),
         )
-        return [f"{_counted(names)} {what}: {_listed(names)}" for what, names in kinds if names]
+        return [
+            f"{len(self.loaded)} of the model's {_counted(whole)} loaded",
+            *(f"{_counted(len(names))} {what}: {listed(names)}" for what, names in kinds if names),
+        ]
 
 
 def read_weights(path: str | Path) -> State:
@@ -61,25 +73,27 @@ def read_weights(path: str | Path) -> State:
     Raises:
         WeightsError: where it cannot be read safely, or holds no tensors by name.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
-        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise WeightsError(
-            f"{file}: no such file{nearest(file.name, siblings)} Expected a .safetensors, .pth or .pt file"
-        )
+        raise WeightsError(f"{file}: {_no_file(file)} Expected a .safetensors, .pth or .pt file")
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
         found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(
-            f"{file}: holds more than tensors, or is damaged, and reading it could run code, so it was not read; "
+            f"{file}: holds more than tensors, or is damaged, and reading it could run code, so it was not; "
             "save the weights alone: torch.save(model.state_dict(), path), or as safetensors"
         ) from None
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    except OSError as error:
         raise WeightsError(
-            f"{file}: not a weights file: {said}; expected safetensors, or a state_dict that torch.save wrote"
+            f"{file}: cannot be read: {error.strerror or error}; mend its permissions, or copy it anew"
+        ) from None
+    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, IndexError) as error:
+        words = str(error).splitlines()[0][:200] if " " in str(error) else ""  # a KeyError says "101"
+        said = f" ({words})" if words else ""
+        raise WeightsError(
+            f"{file}: not a weights file{said}; expected safetensors, or a state_dict that torch.save wrote"
         ) from None
     return _unwrapped(found, file)
 
@@ -90,40 +104,38 @@ def load_weights(
     """Load what fits into `model` by name and shape, in place.
 
     Args:
-        head: module paths of the classifier, which may lack or differ; a file that fits nothing of the rest is an error.
+        model: any module.
+        state: tensors by name; a prefix that most of them share and the model has not is taken off.
+        head: module paths of the classifier, which may lack or differ.
+        where: what messages call the file.
 
     Raises:
-        WeightsError: where nothing of the backbone fitted, with the nearest names.
+        WeightsError: where nothing of the backbone fitted, or less than a tenth of its tensors (names such as
+            `bn1.weight` fit by chance), with what is there instead.
     """
     own = model.state_dict()
     state = _renamed(state, own)
     fitting = {name: t for name, t in state.items() if name in own and own[name].shape == t.shape}
-    heads = tuple(head)
-    body = [
-        name
-        for name, p in model.named_parameters()
-        if not any(name == h or name.startswith(h + ".") for h in heads)
-    ]
-    if body and not any(name in fitting for name in body):
-        example = body[0]
-        same_name = f" ({example} is {tuple(state[example].shape)} there)" if example in state else ""
-        raise WeightsError(
-            f"{where}: nothing of the model's backbone is in it: the model has {len(body)} tensors such as {example!r} "
-            f"{tuple(own[example].shape)}{same_name}, the file such as {_listed(list(state))}{nearest(example, state)} "
-            "Is it the file of this --model?"
-        )
+    _refuse_strangers(model, state, fitting, tuple(head), where)
     model.load_state_dict(fitting, strict=False)
     tied = _tied(model)
+    missing = [n for n in own if n not in state and not any(t in fitting for t in tied.get(n, ()))]
     return Fitted(
         loaded=tuple(fitting),
-        missing=tuple(n for n in own if n not in state and not any(t in fitting for t in tied.get(n, ()))),
+        missing=tuple(n for n in missing if n.rpartition(".")[2] != _COUNTER),
         other_shape=tuple(n for n in own if n in state and n not in fitting),
         unknown=tuple(n for n in state if n not in own),
     )
 
 
 def write_weights(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Write tensors as safetensors, aside and then renamed into place; tensors that share memory are written once each name."""
+    """Write tensors as safetensors, aside and then renamed into place.
+
+    What shares memory is written under each of its names.
+
+    Raises:
+        RunError: where it cannot be written, as on a full disk; what was at `path` before is unharmed.
+    """
     file = Path(path)
     aside = file.with_name(f".{file.name}.part")
     seen: set[int] = set()
@@ -132,9 +144,13 @@ def write_weights(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
         plain = tensor.detach().to("cpu").contiguous()
         whole[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
         seen.add(plain.untyped_storage().data_ptr())
-    save_file(whole, aside, metadata={"format": "pt"})
-    aside.chmod(0o644)  # safetensors makes files that only their owner can read
-    os.replace(aside, file)
+    try:
+        save_file(whole, aside, metadata={"format": "pt"})
+        aside.chmod(0o644)  # safetensors makes files that only their owner can read
+        aside.replace(file)
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
+        aside.unlink(missing_ok=True)
+        raise RunError(f"{file}: cannot be written: {error}; free some space, or write elsewhere") from None
 
 
 def _unwrapped(found: Any, file: Path) -> State:
@@ -150,31 +166,60 @@ def _unwrapped(found: Any, file: Path) -> State:
                 continue
         break
     held = (
-        f"a table with {_listed([str(k) for k in found])}"
+        f"a table with {listed([str(k) for k in found])}"
         if isinstance(found, Mapping)
         else f"a {type(found).__name__}"
     )
     raise WeightsError(
-        f"{file}: holds {held}, but no tensors by name; expected a state_dict, also inside {', '.join(_WRAPPERS[:3])} …"
+        f"{file}: holds {held}, but no tensors by name; expected a state_dict, also inside "
+        f"{', '.join(_WRAPPERS[:3])} or the like"
     )
 
 
 def _renamed(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> State:
-    """The names without a common prefix, where that makes more of them fit."""
+    """The names without the prefix (`module.`, `model.encoder.`) that lets most of them fit, if any does."""
 
-    def fits(candidate: Mapping[str, torch.Tensor]) -> int:
-        return sum(name in own and own[name].shape == t.shape for name, t in candidate.items())
+    def fits(name: str, tensor: torch.Tensor) -> bool:
+        return name in own and own[name].shape == tensor.shape
 
-    best = dict(state)
-    current = dict(state)
-    for _ in range(3):
-        prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in current)), None)
-        if prefix is None:
-            break
-        current = {name.removeprefix(prefix): t for name, t in current.items()}
-        if fits(current) > fits(best):
-            best = current
-    return best
+    gained: Counter[str] = Counter()
+    for name, tensor in state.items():
+        dots = [at + 1 for at, letter in enumerate(name) if letter == "."]
+        gained.update(name[:at] for at in (0, *dots) if fits(name[at:], tensor))
+    prefix = max(gained, key=lambda p: (gained[p], -len(p)), default="")
+    if gained[prefix] < _LEAST * len(own):
+        return dict(state)
+    inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    outside = {name: t for name, t in state.items() if not name.startswith(prefix) and name not in inside}
+    return {**inside, **outside}
+
+
+def _refuse_strangers(
+    model: nn.Module, state: State, fitting: State, heads: tuple[str, ...], where: str
+) -> None:
+    """Raise where hardly a parameter of the backbone is among what fits."""
+    body = {
+        name: tuple(p.shape)
+        for name, p in model.named_parameters()
+        if not any(name == head or name.startswith(f"{head}.") for head in heads)
+    }
+    found = sum(name in fitting for name in body)
+    if not body or (found and found >= _LEAST * len(body)):
+        return
+    much = (
+        f"only {found} of the model's {len(body)} backbone tensors are"
+        if found
+        else "nothing of the model's backbone is"
+    )
+    example = next(
+        (n for n in body if n in state and n not in fitting), next(n for n in body if n not in fitting)
+    )
+    there = f" ({tuple(state[example].shape)} in the file)" if example in state else ""
+    raise WeightsError(
+        f"{where}: {much} in it: the model has {example!r} {body[example]}{there}; the file has "
+        f"{_counted(len(state))}: {listed(list(state))}; give the file of this very model, or name with "
+        "--model the one that the file is of"
+    )
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:
@@ -185,10 +230,19 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
-def _listed(names: Sequence[str], most: int = 4) -> str:
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Some of the names, and how many more there are."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def _counted(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
+def _counted(count: int) -> str:
+    return f"{count} tensor{'' if count == 1 else 's'}"
+
+
+def _no_file(file: Path) -> str:
+    """Why there is no file to read, with the nearest name."""
+    if file.is_dir():
+        return "a folder, not a file."
+    siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+    return f"no such file{nearest(file.name, siblings)}"

@@ -1,0 +1,244 @@
+"""A plan as a value that travels: its hash, its file, its page."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lehr.errors import RecipeError
+from lehr.plan_json import content_hash
+from lehr.planning import Plan, resolve
+from lehr.recipe import Recipe, Stage
+from lehr.schedules import constant, cosine, warmup
+from plans import NET, TWO_STAGES, plan_of
+
+GOLDEN = Path(__file__).parent / "golden" / "plan.txt"
+
+# ---------------------------------------------------------------- hash and file
+
+CHANGES: list[Callable[[Recipe], Recipe]] = [
+    lambda r: replace(r, seed=1),
+    lambda r: replace(r, batch_size=31),
+    lambda r: replace(r, batch_size=16, accumulate=2),
+    lambda r: replace(r, weight_decay=0.06),
+    lambda r: replace(r, no_decay=["norm"]),
+    lambda r: replace(r, layer_decay=0.9),
+    lambda r: replace(r, min_lr=1e-9),
+    lambda r: replace(r, clip_norm=1.0),
+    lambda r: replace(r, ema=0.9),
+    lambda r: replace(r, label_smoothing=0.1),
+    lambda r: replace(r, monitor="valid_accuracy"),
+    lambda r: replace(r, patience="2 epochs"),
+    lambda r: replace(r, restore_best=True),
+    lambda r: replace(r, optimizer="sgd"),
+    lambda r: replace(r, optimizer={"name": "adamw", "eps": 1e-7}),
+    lambda r: replace(r, schedule=warmup("20%") >> cosine(floor=0.02)),
+    lambda r: replace(r, stages=r.stages[:1]),
+    lambda r: replace(r, stages=[replace(r.stages[0], lr=1.1e-3), r.stages[1]]),
+    lambda r: replace(r, stages=[replace(r.stages[0], length="21 steps"), r.stages[1]]),
+    lambda r: replace(r, stages=[replace(r.stages[0], train="norm"), r.stages[1]]),
+    lambda r: replace(r, stages=[replace(r.stages[0], schedule=constant()), r.stages[1]]),
+]
+
+
+def test_the_hash_changes_with_everything_of_effect() -> None:
+    """Each change of the recipe, the data or the model gives another hash; words that mean the same give the
+    same.
+    """
+    base = resolve(TWO_STAGES, NET, samples=320)
+    plans = [resolve(change(TWO_STAGES), NET, samples=320) for change in CHANGES]
+    plans += [
+        resolve(TWO_STAGES, NET, samples=319),
+        resolve(TWO_STAGES, replace(NET, name="Other"), samples=320),
+    ]
+    plans += [resolve(TWO_STAGES, NET, samples=320, batches=11)]
+    hashes = [plan.hash for plan in [base, *plans]]
+    assert len(set(hashes)) == len(hashes)
+    assert resolve(replace(TWO_STAGES, lr_rule="linear"), NET, samples=320).hash == base.hash
+    assert resolve(TWO_STAGES, replace(NET, understood=("another sentence",)), samples=320).hash == base.hash
+
+
+def test_equal_plans_have_equal_hashes() -> None:
+    """Numbers that are equal hash equally, whether they were written 2 or 2.0."""
+    one, two = (
+        plan_of(Stage("1 epoch", train="all", lr=lr), schedule=f"polynomial({power})")
+        for lr, power in [(1, "2"), (1.0, "2.0")]
+    )
+    assert one == two
+    assert one.hash == two.hash
+
+
+SCRIPT = """
+import pickle, sys
+from lehr.planning import resolve
+recipe, facts = pickle.load(open(sys.argv[1], "rb"))
+plan = resolve(recipe, facts, samples=320)
+print(plan.hash, sorted(plan[37].trainable), dict(plan[37].lr))
+"""
+
+
+def test_the_same_in_every_process(tmp_path: Path) -> None:
+    """Another process with another hash seed gives the same hash and the same step."""
+    (tmp_path / "said.pickle").write_bytes(pickle.dumps((TWO_STAGES, NET)))
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "said.pickle")]
+    said = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "4242")
+    ]
+    answers = [process.communicate(timeout=120)[0].strip() for process in said]
+    plan = resolve(TWO_STAGES, NET, samples=320)
+    assert answers == [f"{plan.hash} {sorted(plan[37].trainable)} {dict(plan[37].lr)}"] * 2
+
+
+def test_golden_hash() -> None:
+    """The hash of a fixed plan is what it was: a change would refuse every plan that was saved."""
+    written = GOLDEN.read_text(encoding="utf-8")
+    assert f"hash {resolve(TWO_STAGES, NET, samples=320).hash[:12]}" in written
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    """A saved plan loads as an equal plan: infinities, tables of the optimizer and notes included."""
+    recipe = replace(
+        TWO_STAGES, optimizer={"name": "sgd", "momentum": 0.9, "betas": (0.9, 0.99)}, monitor="inf"
+    )
+    plan = resolve(recipe, replace(NET, name="inf"), samples=320)
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == plan
+    assert again.hash == plan.hash
+    assert (again.patience, again.clip_norm, again.monitor, again.model) == (math.inf, math.inf, "inf", "inf")
+    assert list(again) == list(plan)
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+
+
+def test_a_plan_can_be_copied_and_pickled() -> None:
+    """A copy and a pickle of a plan are the plan, before and after it was read from."""
+    plan = resolve(TWO_STAGES, NET, samples=320)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert plan[3] == copy.deepcopy(plan)[3]
+    assert pickle.loads(pickle.dumps(plan))[3] == plan[3]
+
+
+def _damage(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    change(plain)
+    path.write_text(json.dumps(plain), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "helpful"),
+    [
+        (
+            lambda plain: plain["stages"][0]["peak_lr"].update(head=0.5),
+            "does not have the hash that it says, so it was changed or damaged",
+        ),
+        (lambda plain: plain.update(seed=1), "does not have the hash that it says"),
+        (lambda plain: plain.update(ema=math.nan), "does not have the hash that it says"),
+        (lambda plain: plain.update(hash=None), "does not have the hash that it says"),
+        (lambda plain: plain.pop("hash"), "does not have the hash that it says"),
+        (lambda plain: plain.update(ema=math.nan, hash=None), "does not have the hash that it says"),
+        (lambda plain: plain.update(format=2), "not a plan of format 1"),
+        (lambda plain: plain.clear(), "not a plan of format 1"),
+    ],
+)
+def test_a_changed_file_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], helpful: str
+) -> None:
+    """A plan that was changed after it was written is refused, with the path and what to do."""
+    path = tmp_path / "plan.json"
+    resolve(TWO_STAGES, NET, samples=320).save(path)
+    _damage(path, change)
+    with pytest.raises(RecipeError) as caught:
+        Plan.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert helpful in str(caught.value)
+    assert "make it again with `lehr plan --json`" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '"plan"', "[" * 100_000, "\ufffe"])
+def test_no_plan_at_all(tmp_path: Path, text: str) -> None:
+    """A file that holds no plan is refused, whatever it holds."""
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"plan\.json: not (JSON|a plan)"):
+        Plan.load(path)
+
+
+def test_a_cut_file_and_no_file(tmp_path: Path) -> None:
+    """A file that was cut short, one that is no text, and none at all are refused with the path."""
+    path = tmp_path / "plan.json"
+    resolve(TWO_STAGES, NET, samples=320).save(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(RecipeError, match="not JSON"):
+        Plan.load(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="not JSON"):
+        Plan.load(path)
+    with pytest.raises(RecipeError, match=r"gone\.json: cannot be read: No such file"):
+        Plan.load(tmp_path / "gone.json")
+
+
+def test_a_plan_with_a_right_hash_and_missing_parts(tmp_path: Path) -> None:
+    """A file whose hash is right but which lacks a part of a plan is refused too."""
+    path = tmp_path / "plan.json"
+    path.write_text(
+        json.dumps({"format": 1, "hash": content_hash({"model": "x"}), "model": "x"}), encoding="utf-8"
+    )
+    with pytest.raises(RecipeError, match=r"plan\.json: not a plan: .*make it again"):
+        Plan.load(path)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_page() -> None:
+    """print(plan) is the golden page: stages, what trains, rates, unit conversions, notes."""
+    assert str(resolve(TWO_STAGES, NET, samples=320)) + "\n" == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_page_says_the_rest() -> None:
+    """Settings that are not at their default are on the page, each in words."""
+    page = str(
+        plan_of(
+            min_lr=1e-3,
+            clip_norm=1.0,
+            ema=0.99,
+            label_smoothing=0.1,
+            monitor="valid_accuracy",
+            patience="3 epochs",
+            restore_best=True,
+            accumulate=2,
+            optimizer={"name": "sgd", "momentum": 0.9},
+        )
+    )
+    for words in (
+        "Lowest rate 0.001 (min_lr)",
+        "Gradients clipped at norm 1",
+        "Moving average of the weights, decay 0.99",
+        "Label smoothing 0.1",
+        "Best by valid_accuracy",
+        "Restores the best weights after stage 1",
+        "Stops after 3 epochs of the last stage without a new best",
+        "32 x 2",
+        "sgd, momentum=0.9",
+        "100.0 %",
+    ):
+        assert words in page
+    assert all(line == line.rstrip() for line in page.splitlines())
