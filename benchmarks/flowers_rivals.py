@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC = v2.InterpolationMode.BICUBIC
 FLOOR = 0.01  # the cosine's, as a share of the peak
-PROBE_C = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+PROBE_C = {"scaled": (0.0003, 0.001, 0.003, 0.01), "raw": (0.003, 0.01, 0.03, 0.1, 0.3)}
 PROBE_ITERATIONS = 10_000
 
 Item = tuple[Path, int]
@@ -226,7 +226,10 @@ def linear_probe(train: Sequence[Item], valid: Sequence[Item], settings: Setting
     )
     search = GridSearchCV(
         Pipeline([("scale", StandardScaler()), ("fit", LogisticRegression(max_iter=PROBE_ITERATIONS))]),
-        {"scale": [StandardScaler(), "passthrough"], "fit__C": PROBE_C},
+        [
+            {"scale": [StandardScaler()], "fit__C": PROBE_C["scaled"]},
+            {"scale": ["passthrough"], "fit__C": PROBE_C["raw"]},
+        ],
         cv=5,
     )
     search.fit(x_train, y_train)

@@ -1,4 +1,5 @@
-"""Every test starts alike: one thread, so that small tensors are quick and the numbers the same everywhere, and one seed."""
+"""Every test starts alike: one thread, so that small tensors are quick and the numbers the same
+everywhere, and one seed."""
 
 from __future__ import annotations
 

@@ -98,7 +98,8 @@ def spied(model: nn.Module) -> Iterator[list[dict[str, list[tuple[float, float]]
     ids=["adamw", "sgd", "accumulate", "restarts"],
 )
 def test_every_parameter_is_in_one_group_and_follows_its_own_curve(recipe: Recipe) -> None:
-    """At every update of every stage each trained parameter stands in exactly one group, with the bits of its curve."""
+    """At every update of every stage each trained parameter stands in exactly one group, with the bits of
+    its curve."""
     model, train = Net(), data()
     plan = lehr.plan(recipe, model, samples=len(train))
     with spied(model) as seen:
@@ -114,7 +115,8 @@ def test_every_parameter_is_in_one_group_and_follows_its_own_curve(recipe: Recip
 
 
 def test_the_curve_of_a_group_is_its_own_closed_form() -> None:
-    """What the optimizer is given is min_lr + (peak - min_lr) * factor of the stage's own step, for that group's peak."""
+    """What the optimizer is given is min_lr + (peak - min_lr) * factor of the stage's own step, for that
+    group's peak."""
     model = Net()
     recipe = Recipe(STAGES[1:2], schedule=lehr.linear(0.25), min_lr=1e-5, batch_size=8)
     with spied(model) as seen:
@@ -136,7 +138,8 @@ def test_twins_part_where_their_rates_differ() -> None:
 
 @pytest.mark.parametrize("name", USABLE)
 def test_every_torch_optimizer_works_by_its_name(name: str) -> None:
-    """Every class of torch.optim that needs no closure trains by its name, in any case, at the plan's rates."""
+    """Every class of torch.optim that needs no closure trains by its name, in any case, at the plan's
+    rates."""
     if name == "SparseAdam":  # it takes sparse gradients only
         model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Flatten(0), nn.Linear(24, 3))
         train, inputs = "0", torch.arange(6)
@@ -170,7 +173,8 @@ def test_every_torch_optimizer_works_by_its_name(name: str) -> None:
     ids=lambda said: said.get("name"),
 )
 def test_every_setting_reaches_every_group(said: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Each keyword of the class can be said in the recipe and stands in every parameter group; lists become tuples."""
+    """Each keyword of the class can be said in the recipe and stands in every parameter group; lists
+    become tuples."""
     model = Net()
     recipe = Recipe(STAGES, optimizer=said, weight_decay=0.05, batch_size=8)
     optimizer = lehr.optimizer(lehr.plan(recipe, model, samples=50), model)
@@ -194,7 +198,10 @@ def test_groups_are_named_and_name_their_parameters() -> None:
     ("said", "message"),
     [
         ({"optimizer": "adamm"}, r"torch has no 'adamm'; did you mean \"adam.*It has: .*rmsprop"),
-        ({"optimizer": {"name": "sgd", "momentun": 0.9}}, r"SGD has no setting 'momentun'; did you mean \"momentum\""),
+        (
+            {"optimizer": {"name": "sgd", "momentun": 0.9}},
+            r"SGD has no setting 'momentun'; did you mean \"momentum\"",
+        ),
         ({"optimizer": {"name": "sgd", "nesterov": True}}, r"SGD refused its settings .*Nesterov"),
         ({"optimizer": {"name": "adam", "betas": 3}}, r"Adam refused its settings"),
         ({"optimizer": "rprop", "weight_decay": 0.1}, r"Rprop has no weight decay; say weight_decay = 0"),
@@ -204,7 +211,8 @@ def test_groups_are_named_and_name_their_parameters() -> None:
     ids=["unknown", "setting", "refused", "type", "no decay", "closure", "base class"],
 )
 def test_what_cannot_be_is_refused_in_words(said: dict[str, Any], message: str) -> None:
-    """An unknown optimizer or setting, or a decay that it lacks, is an error that names the nearest right thing."""
+    """An unknown optimizer or setting, or a decay that it lacks, is an error that names the nearest right
+    thing."""
     model = Net()
     with pytest.raises(RecipeError, match=message):
         lehr.optimizer(planned(model, **said), model)
@@ -217,7 +225,8 @@ def test_a_plan_of_another_model_is_refused() -> None:
 
 
 def test_a_compiled_part_keeps_its_names() -> None:
-    """A model with a compiled submodule gets its optimizer: names are those of the plan, without the wrapper's."""
+    """A model with a compiled submodule gets its optimizer: names are those of the plan, without the
+    wrapper's."""
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
     model[0] = torch.compile(model[0], backend="eager")
     plan = planned(model)
@@ -252,7 +261,8 @@ TOTAL = parts()[1].total_steps
 @given(st.lists(st.integers(0, TOTAL - 1), max_size=6), st.integers(0, TOTAL - 1), st.data())
 @settings(deadline=None, max_examples=60)
 def test_apply_has_no_history(before: list[int], last: int, more: st.DataObject) -> None:
-    """After any steps in any order, `apply(plan[t])` leaves what it leaves on a fresh model; doing it again changes nothing."""
+    """After any steps in any order, `apply(plan[t])` leaves what it leaves on a fresh model; doing it
+    again changes nothing."""
     model, plan, optimizer = parts()
     for t in before:
         lehr.apply(plan[t], model, optimizer)
@@ -274,7 +284,8 @@ def test_apply_has_no_history(before: list[int], last: int, more: st.DataObject)
 
 @pytest.mark.parametrize("step", [0, 20])
 def test_apply_refuses_an_optimizer_that_is_not_the_plans(step: int) -> None:
-    """Groups that are not the plan's, none missing and none too many, are refused before anything has changed."""
+    """Groups that are not the plan's, none missing and none too many, are refused before anything has
+    changed."""
     model, plan, ours = parts()
     plain = torch.optim.SGD(model.parameters(), lr=0.5)
     other = lehr.optimizer(planned(model), model)

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -14,9 +17,13 @@ import click
 from lehr.cli import main as cli
 from lehr.errors import LehrError
 
+_FROM_WORKER = re.compile(r"Caught \w+ in (DataLoader|pin memory)")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments` (those of the process by default) and exit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     try:
         cli.main(args=None if arguments is None else list(arguments), prog_name="lehr", standalone_mode=False)
     except click.exceptions.Exit as done:
@@ -24,15 +31,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as wrong:
         wrong.show()
         sys.exit(2)
-    except LehrError as error:
-        click.echo(f"lehr: {error}", err=True)
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("lehr: interrupted", err=True)
-        sys.exit(130)
+        _end("interrupted", 130)
     except BrokenPipeError:  # `lehr plan ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except LehrError as error:
+        _end(_plain(error), error.exit_code)
+    except Exception as error:
+        said = _outside(error)
+        if said is None or os.environ.get("LEHR_TRACEBACK"):
+            click.echo("lehr: a mistake in lehr itself; please report it with the lines below", err=True)
+            raise
+        _end(f"{said}  [LEHR_TRACEBACK=1 shows where]", 1)
+
+
+def _end(said: str, code: int) -> None:
+    click.echo(f"lehr: {said}", err=True)
+    sys.exit(code)
+
+
+def _plain(error: Exception) -> str:
+    """The message; of an error in a worker process, which torch sends with its traceback, the last line."""
+    said = str(error).strip()
+    if not _FROM_WORKER.match(said):
+        return said
+    return re.sub(r"^[\w.]+(Error|Exception): ", "", said.splitlines()[-1])
+
+
+def _outside(error: Exception) -> str | None:
+    """What to say of what the machine or another package could not do; None where lehr must be at fault."""
+    said = next(iter(_plain(error).splitlines()), "") or type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        ways = "a smaller batch_size with accumulate, a smaller --size, or --precision bf16"
+        return f"out of memory: {said}; try {ways}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{where}{error.strerror or said}" + ("; free some space, or write elsewhere" if full else "")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in said:
+        return f"{said}; a process that loads images died, often for want of memory: try --workers 0"
+    if isinstance(error, (RuntimeError, ImportError)):
+        return f"{type(error).__name__}: {said}"
+    return None
 
 
 if __name__ == "__main__":

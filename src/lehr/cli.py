@@ -6,8 +6,10 @@ Only click is imported here at the top, so that `lehr --help` answers at once.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -26,8 +28,8 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def main() -> None:
     """Fine-tune PyTorch models in stages: freeze, warm up, train the head, thaw, anneal.
 
-    DATA is a folder of class folders (or one with train/ and val/), a .npz file, a folder with CIFAR-10's files, or the built-in
-    name "digits". Try: lehr fit digits
+    DATA is a folder of class folders (or one with train/ and val/), a .npz file, a folder with CIFAR-10's
+    files, or the built-in name "digits". Try: lehr fit digits
     """
 
 
@@ -82,7 +84,9 @@ def _job_options(command: F) -> F:
 @main.command()
 @_job_options
 @click.option("--out", metavar="DIR", help="New directory for the run.  [default: runs/DATA-MODEL-N]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--device", default="auto", metavar="NAME", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
+)
 @click.option(
     "--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16", "fp16"])
 )
@@ -107,45 +111,50 @@ def fit(
     **asked: Any,
 ) -> None:
     """Fine-tune a model on DATA, in stages."""
+    from lehr.run.precision import arithmetic
+
+    arithmetic(device, precision)  # refused before the data are read
     job = _prepared(_request(asked))
     from lehr import job as jobs
     from lehr.progress import progress
-    from lehr.report.picture import draw_plan
     from lehr.run.loop import fit as run_fit
 
-    folder = jobs.new_folder(job, out)
-    jobs.write_card(job, folder)
-    draw_plan(job.plan, folder / "plan.png")
-    observers: list[Any] = [progress()]
-    if tensorboard:
-        from lehr.run.tensorboard import tensorboard as to_tensorboard
+    with jobs.new_run(job, out) as folder:
+        observers: list[Any] = [progress()]
+        if tensorboard:
+            from lehr.run.tensorboard import tensorboard as to_tensorboard
 
-        observers.append(to_tensorboard(folder / "tensorboard"))
-    _say(f"{job.model_name} on {job.request.data}: {len(job.data.classes)} classes, run in {folder}")
-    for note in (*job.notes, *job.facts.understood):
-        _say(f"  {note}")
-    train_on: dict[str, Any] = {"device": device, "precision": precision, "workers": _workers(job, workers)}
-    train, valid = job.data.train(job.transform, seed=job.recipe.seed), job.data.valid(job.transform)
-    halves = (train, valid if len(valid) else None)
-    result = run_fit(job.made.module, *halves, recipe=job.recipe, out=folder, observers=observers, **train_on)
+            observers.append(to_tensorboard(folder.path / "tensorboard"))
+        _say(f"{job.model_name} on {job.request.data}: {len(job.data.classes)} classes, run in {folder.path}")
+        for note in (*job.facts.understood, *job.notes):
+            _say(f"  {note}")
+        on: dict[str, Any] = {"device": device, "precision": precision, "workers": _workers(job, workers)}
+        train = job.data.train(job.transform, seed=job.recipe.seed)
+        valid = job.data.valid(job.transform)
+        halves = (train, valid if len(valid) else None)
+        result = run_fit(
+            job.made.module, *halves, recipe=job.recipe, out=folder.path, observers=observers, **on
+        )
     if scratch if scratch is not None else job.request.data == "digits":
-        _compare(job, result.best, halves, train_on)
-    _say(f"next: lehr predict {folder} IMAGE...")
+        _compare(job, result.best, halves, on)
+    _say(f"next: lehr predict {shlex.quote(str(folder.path))} IMAGE...")
 
 
-def _compare(job: Job, best: Any, halves: tuple[Any, Any], train_on: dict[str, Any]) -> None:
+def _compare(job: Job, best: Any, halves: tuple[Any, Any], on: dict[str, Any]) -> None:
     """Train the same network from scratch for as many updates, and say by how much fine-tuning beats it."""
     from lehr.job import from_scratch
     from lehr.progress import progress
     from lehr.run.loop import fit as run_fit
+    from lehr.run.validation import higher_is_better
 
-    _say(f"the same network from scratch, as many updates ({job.plan.total_steps}):")
+    _say(f"the same network from scratch, as many updates ({job.plan.total_steps:,}):")
     made, recipe = from_scratch(job)
-    other = run_fit(made.module, *halves, recipe=recipe, observers=[progress()], **train_on).best
-    monitor = job.recipe.monitor
-    gain = best[monitor] - other[monitor]
+    other = run_fit(made.module, *halves, recipe=recipe, observers=[progress()], **on).best
+    monitor = job.recipe.monitor if job.recipe.monitor in best else "train_loss"
+    gain = (best[monitor] - other[monitor]) * (1 if higher_is_better(monitor, None) else -1)
     _say(
-        f"{monitor}: fine-tuned {best[monitor]:.4f}, from scratch {other[monitor]:.4f}, difference {gain:+.4f}"
+        f"{monitor}: fine-tuned {best[monitor]:.4f}, from scratch {other[monitor]:.4f}: "
+        f"fine-tuning is {'better' if gain >= 0 else 'worse'} by {abs(gain):.4f}"
     )
 
 
@@ -164,10 +173,10 @@ def plan(as_json: bool, png: str | None, **asked: Any) -> None:
         draw_plan(job.plan, png)
     if as_json:
         click.echo(plan_json.dumps(job.plan.to_dict()), nl=False)
-        return
-    click.echo(str(job.plan))
-    for note in job.notes:
-        click.echo(f"  - {note}")
+    else:
+        click.echo("\n".join([str(job.plan), *(f"  - {note}" for note in job.notes)]))
+    if png:
+        _say(f"drew {png}")
     _say(f"next: lehr fit {_again(job.request)}")
 
 
@@ -188,9 +197,15 @@ def init(out: str, **asked: Any) -> None:
             f"{out}: exists already, and nothing is overwritten; choose another name with --out, or remove it"
         )
     job = _prepared(_request(asked))
-    Path(out).write_text(commented(job.recipe, data=job.request.data, model=job.model_name), encoding="utf-8")
+    request = _again(replace(job.request, recipe=None, settings=()))
+    try:
+        Path(out).write_text(commented(job.recipe, request=request, file=shlex.quote(out)), encoding="utf-8")
+    except OSError as error:
+        raise RequestError(
+            f"{out}: cannot be written: {error.strerror}; choose another place with --out"
+        ) from None
     _say(f"wrote {out}")
-    _say(f"next: lehr plan {_again(job.request)} --recipe {out}")
+    _say(f"next: lehr plan {request} --recipe {shlex.quote(out)}")
 
 
 @main.command()
@@ -201,7 +216,9 @@ def init(out: str, **asked: Any) -> None:
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Comma-separated values.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--device", default="auto", metavar="NAME", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
+)
 def predict(run: str, paths: tuple[str, ...], top: int, as_csv: bool, as_json: bool, device: str) -> None:
     """Say what is in images, with the model of RUN. PATHS are images, folders, or quoted globs."""
     from lehr import prediction
@@ -211,7 +228,7 @@ def predict(run: str, paths: tuple[str, ...], top: int, as_csv: bool, as_json: b
     style = "csv" if as_csv else "json" if as_json else "table"
     failed = prediction.predict_paths(run, paths, top=top, style=style, device=device)
     if failed:
-        _say(f"{failed} could not be read; see their rows")
+        _say(f"{failed} image{'s' if failed > 1 else ''} could not be read: see the errors above")
         sys.exit(1)
 
 
@@ -239,7 +256,7 @@ def _prepared(request: Request) -> Job:
         bar.update(done - bar.n)
 
     try:
-        return prepare(request, progress=checked)
+        return prepare(request, progress=checked, tell=_say)
     finally:
         if bar is not None:
             bar.close()
@@ -254,8 +271,6 @@ def _workers(job: Job, asked: int | None) -> int:
 
 def _again(request: Request) -> str:
     """The arguments that say `request` again."""
-    import shlex
-
     said = [request.data]
     for flag, value in (
         ("--model", request.model),

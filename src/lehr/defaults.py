@@ -1,20 +1,37 @@
-"""The recipe of a person who said nothing: chosen by the model and the amount of data. Pure; every number has its reason beside it."""
+"""The recipe of a person who said nothing, chosen by model and amount of data; a recipe as a file to edit.
+
+Pure; every number has its reason beside it.
+"""
 
 from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
 
 from lehr.recipe import Recipe, Stage
 from lehr.schedules import cosine, warmup
 from lehr.selection import ModelFacts
 
 SMALL_IMAGE = 48
-"""Images up to this side are digits, icons and the like: mirrored they may be something else, so they are shifted only."""
+"""Images up to this side are digits, icons and the like: mirrored they may be something else, so they are
+shifted only.
+"""
 
 SMALL_NETWORK = 1_000_000
 """Parameters. A network below it was pretrained on little, and learns as fast when thawed as from scratch."""
 
 
 def default_recipe(
-    facts: ModelFacts, *, samples: int, image_side: int, pretrained: bool = True, seed: int = 0
+    facts: ModelFacts,
+    *,
+    samples: int,
+    image_side: int,
+    pretrained: bool = True,
+    validated: bool = True,
+    seed: int = 0,
 ) -> Recipe:
     """A recipe for `samples` training images: the head until it has converged, then everything, gently.
 
@@ -23,11 +40,13 @@ def default_recipe(
         samples: training samples.
         image_side: pixels that the model sees along the shorter side.
         pretrained: whether the backbone knows anything yet; if not, there is nothing to freeze.
+        validated: whether there are images to validate with; if not, the last weights are the run's.
         seed: of everything random.
 
     Example:
         >>> from lehr.selection import ParameterFacts
-        >>> facts = ModelFacts("net", (ParameterFacts("a.weight", (4, 4)), ParameterFacts("fc.weight", (2, 4))), head=("fc",))
+        >>> parameters = ParameterFacts("a.weight", (4, 4)), ParameterFacts("fc.weight", (2, 4))
+        >>> facts = ModelFacts("net", parameters, head=("fc",))
         >>> [stage.train for stage in default_recipe(facts, samples=3000, image_side=224).stages]
         [('head',), ('all',)]
     """
@@ -40,27 +59,39 @@ def default_recipe(
         weight_decay=0.05,
         label_smoothing=0.1,
         clip_norm=1.0,
-        monitor="valid_accuracy",
-        restore_best=True,
+        monitor="valid_accuracy" if validated else "train_loss",
+        restore_best=validated,
         seed=seed,
-        augment=["shift"] if image_side <= SMALL_IMAGE else ["crop", "flip"],
+        augment=default_augment(image_side),
     )
+
+
+def default_augment(image_side: int) -> tuple[str, ...]:
+    """How training images are changed at random where nobody said it.
+
+    >>> default_augment(8), default_augment(224)
+    (('shift',), ('crop', 'flip'))
+    """
+    return ("shift",) if image_side <= SMALL_IMAGE else ("crop", "flip")
 
 
 def _stages(facts: ModelFacts, samples: int, batch: int, pretrained: bool) -> list[Stage]:
     steps_per_epoch = max(1, samples // batch)
-    if not pretrained or not facts.head:
+    if not pretrained:
         return [Stage(_epochs(3000, steps_per_epoch, 20, 100), train="all", lr=1e-3)]
+    if not facts.head:
+        # Nothing can be trained first: all goes at a rate between a new head's and a pretrained backbone's.
+        return [Stage(_epochs(1300, steps_per_epoch, 10, 70), train="all", lr=3e-4)]
     if facts.count() < SMALL_NETWORK:
         return [
-            Stage(_epochs(60, steps_per_epoch, 4, 30), train="head", lr=1e-2),
-            Stage(_epochs(120, steps_per_epoch, 6, 40), train="all", lr=3e-3),
+            Stage(_epochs(20, steps_per_epoch, 3, 30), train="head", lr=1e-2),
+            Stage(_epochs(40, steps_per_epoch, 6, 40), train="all", lr=3e-3),
         ]
     return [
         # A new head starts from noise; backwards through it, a thawed backbone would be spoilt first. About
         # 500 steps bring a linear head within reach of its optimum; a few epochs do where there is much data.
         Stage(_epochs(500, steps_per_epoch, 4, 30), train="head", lr=3e-3),
-        # The backbone is only adjusted: a tenth of the head's rate, after a warm-up that fills Adam's moments.
+        # The backbone is only adjusted: a tenth of the head's rate, after a warm-up for Adam's moments.
         Stage(_epochs(800, steps_per_epoch, 6, 40), train="all", lr={"head": 1e-3, "backbone": 1e-4}),
     ]
 
@@ -78,53 +109,77 @@ def _epochs(steps: int, steps_per_epoch: int, least: int, most: int) -> str:
     return f"{min(most, max(least, -(-steps // steps_per_epoch)))} epochs"
 
 
-def commented(recipe: Recipe, *, data: str, model: str) -> str:
+def commented(recipe: Recipe, *, request: str, file: str) -> str:
     """The recipe as TOML for a person to edit: each key with a line that says what it does.
 
     `lehr.load_recipe` reads it back as an equal recipe.
+
+    Args:
+        recipe: what to write.
+        request: what stands behind `lehr plan` on the command line, without `--recipe`.
+        file: the name of the file that this text is for.
     """
-    plain = recipe.to_dict()
-    stages = plain.pop("stages")
-    lines = [
-        f"# A recipe for {model} on {data}. Change it, look at it, run it:",
-        f"#   lehr plan {data} --model {model} --recipe THIS_FILE",
-        f"#   lehr fit  {data} --model {model} --recipe THIS_FILE",
-        "# Durations have units: epochs, steps, or % of the stage.",
-        "",
-    ]
-    plain.setdefault("no_decay", list(recipe.no_decay))
-    plain.setdefault("seed", recipe.seed)
-    for key, value in plain.items():
-        lines += [f"# {line}" for line in _ABOUT.get(key, ())] + [f"{key} = {_toml(value)}", ""]
-    for index, stage in enumerate(stages):
-        lines += (
-            ["# What trains, how long, at which peak rate; all else is frozen: weights, buffers, dropout."]
-            if not index
-            else []
-        )
+    said = recipe.to_dict()
+    stages = said.pop("stages")
+    plain: dict[str, Any] = {
+        "optimizer": recipe.optimizer,
+        "schedule": str(recipe.schedule),
+        "batch_size": recipe.batch_size,
+        "weight_decay": recipe.weight_decay,
+        "no_decay": list(recipe.no_decay),
+        **{key: said[key] for key in ("label_smoothing", "clip_norm", "augment") if key in said},
+        "monitor": recipe.monitor,
+        "restore_best": recipe.restore_best,
+        "seed": recipe.seed,
+    }
+    lines = ["# A recipe for lehr. Change it, look at what it means, run it:"]
+    lines += [f"#   lehr {verb} {_one_line(request)} --recipe {_one_line(file)}" for verb in ("plan", "fit ")]
+    for key, value in {**plain, **said}.items():
+        lines += ["", *_comment(_ABOUT.get(key, "")), f"{key} = {_toml(value)}"]
+    lines += ["", *_comment(_STAGES)]
+    for stage in stages:
         lines += ["[[stages]]", *(f"{key} = {_toml(value)}" for key, value in stage.items()), ""]
-    lines += [f"# {line}" for line in _MORE]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_comment(_MORE)]) + "\n"
 
 
 _ABOUT = {
-    "optimizer": ("any class of torch.optim; a table gives its settings: { name = \"sgd\", momentum = 0.9, nesterov = true }",),
-    "schedule": ("of every stage, over the stage's own steps, times each group's peak rate; also linear, polynomial, one_cycle, restarts, ...",),
-    "batch_size": ("samples in a batch; accumulate = 2 adds the gradients of two batches before a step",),
-    "weight_decay": ("pulls weights towards 0; no_decay says which are left alone",),
-    "no_decay": ("patterns: a role (norm, bias, head, backbone), a module (\"layer4\") or a glob (\"blocks.1?.*\")",),
-    "label_smoothing": ("how much of the target is spread over the other classes",),
-    "clip_norm": ("the largest norm of the gradients",),
-    "monitor": ("what \"best\" means",),
-    "restore_best": ("go on from, and end with, the best weights",),
-    "augment": ("random changes of the training images, of: crop, flip, shift, color, trivial, erase",),
-    "seed": ("of the order of the data, the augmentation, dropout and the new head",),
-}  # fmt: skip
+    "optimizer": 'Any class of torch.optim; a table gives its settings: { name = "sgd", momentum = 0.9 }.',
+    "schedule": "How the rates run through each stage, as factors of each group's peak rate. Also: constant, "
+    "linear, polynomial, exponential, step_decay, one_cycle, restarts, hold.",
+    "batch_size": "Images in a batch; accumulate = 2 makes a step of two batches' gradients.",
+    "weight_decay": "Pulls weights towards 0, except what no_decay names.",
+    "no_decay": 'Patterns: a role (head, backbone, norm, bias), a module ("layer4"), a glob ("blocks.1?.*").',
+    "label_smoothing": "The share of each target that is spread over all classes.",
+    "clip_norm": "The largest norm of the gradients of a step.",
+    "augment": "Random changes of the training images, of: crop, flip, shift, color, trivial, erase.",
+    "monitor": 'What "best" means: valid_accuracy, valid_loss or train_loss.',
+    "restore_best": "Whether each stage ends with its best weights, and the run with the best of all.",
+    "seed": "Of the order and augmentation of the images, of dropout and of the new head.",
+    "ema": "The decay of an average of the weights, which is what is validated and kept.",
+    "min_lr": "The lowest rate, absolute.",
+    "patience": "Stop after so many epochs of the last stage without a new best.",
+    "layer_decay": "The further a layer is from the head, the lower its rate, by this factor a layer.",
+    "lr_rule": '"linear": rates follow the number of images in a step.',
+    "accumulate": "Batches whose gradients make one step.",
+}
+_STAGES = (
+    "The stages: how long (in epochs or steps), what trains, and its peak rate, or one for each pattern. "
+    "All else is frozen. A stage may have its own schedule, batch_size, accumulate, weight_decay, "
+    "layer_decay, restore_best."
+)
 _MORE = (
-    "More keys: ema = 0.999 (average of the weights), min_lr = 1e-6 (absolute), patience = \"5 epochs\" (early stop),",
-    "layer_decay = 0.75 (lower rates far from the head), lr_rule = \"linear\" (rates follow a stage's batch size).",
-    "A stage may have its own: schedule, batch_size, accumulate, weight_decay, layer_decay, restore_best.",
-)  # fmt: skip
+    'More keys: ema = 0.999 (average of the weights), min_lr = 1e-6, patience = "5 epochs" (stop early), '
+    'layer_decay = 0.75 (lower rates far from the head), lr_rule = "linear" (rates follow the batch size).'
+)
+
+
+def _comment(text: str) -> Iterator[str]:
+    return (f"# {line}" for line in textwrap.wrap(text, 88, break_long_words=False, break_on_hyphens=False))
+
+
+def _one_line(text: str) -> str:
+    """A comment ends with its line, so no name of a folder may break it."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _toml(value: object) -> str:
@@ -136,12 +191,19 @@ def _toml(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, str):
-        return (
-            f"'{value}'"
-            if '"' in value and "'" not in value
-            else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        )
-    return repr(value)
+        plain = '"' in value and "'" not in value and value.isprintable()
+        return f"'{value}'" if plain else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return _number(value) if isinstance(value, float) else repr(value)
+
+
+def _number(value: float) -> str:
+    """The shortest text that is the same number; small ones as people write rates.
+
+    >>> _number(0.001), _number(0.05), _number(3e-4)
+    ('1e-3', '0.05', '3e-4')
+    """
+    small = 0 < abs(value) < 0.01
+    return f"{Decimal(repr(value)).normalize():e}" if small else repr(value)
 
 
 def _key(name: str) -> str:

@@ -1,26 +1,36 @@
-"""What the commands share: a request for a folder of images becomes data, model, recipe and plan. It prints nothing."""
+"""What the commands share: a request becomes data, model, recipe and plan, and then a run's directory.
+
+It prints nothing, and must not know how a command was written.
+"""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lehr.data import Data, Transform, open_data
-from lehr.defaults import default_recipe
-from lehr.errors import RequestError
+from lehr.defaults import default_augment, default_recipe
+from lehr.errors import RecipeError, RequestError, RunError, nearest
 from lehr.planning import Plan, resolve
 from lehr.recipe import Recipe, Stage, load_recipe, overridden, recipe_from
+from lehr.report.picture import draw_plan
 from lehr.run.facts import inspect
-from lehr.run.models import DIGITS_NET, Made, make_model
+from lehr.run.folder import RunFolder
+from lehr.run.models import DIGITS_NET, Made, check_fit, check_name, make_model
+from lehr.run.optimizer import optimizer
 from lehr.run.reload import CARD, Card
 from lehr.selection import ModelFacts
 
 DEFAULT_MODEL = "mobilenetv3_large_100"
+_MEASURED = ("train_loss", "valid_accuracy", "valid_loss")
+_LISTING, _PICTURE = "data.json", "plan.png"
+_OURS = (CARD, _LISTING, _PICTURE, "recipe.toml", "plan.json", "environment.json", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -52,51 +62,95 @@ class Job:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of data and weights."""
-        found = tuple(f"data: {f.path + ': ' if f.path else ''}{f.what}" for f in self.data.listing.findings)
-        return (f"data: {self.data.listing.split}", *found, *self.made.notes)
+        """What a person should know of data, images and weights."""
+        listing, (height, width) = self.data.listing, self.transform.size
+        halves = f"{len(listing.train):,} to train on, {len(listing.valid):,} to validate"
+        changed = ", ".join(self.transform.augment)
+        return (
+            f"data: {halves} ({listing.split})",
+            *(f"data: {note}" for note in listing.notes()),
+            f"images: {height} x {width} pixels"
+            + (f"; changed at random while training: {changed}" if changed else ""),
+            *self.made.notes,
+        )
 
 
-def prepare(request: Request, *, progress: Callable[[int, int], None] | None = None) -> Job:
+def prepare(
+    request: Request,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Job:
     """Check the data, make the model, read or choose the recipe, resolve the plan.
+
+    Args:
+        request: what was asked for.
+        progress: called with (files done, files in all) while a folder is checked.
+        tell: called with a line before what may take long: published weights may have to be fetched.
 
     Raises:
         RequestError: (or one of its kinds) for the first thing that is wrong; nothing was written.
     """
+    if request.weights is not None and not request.pretrained:
+        raise RequestError("--weights and --no-pretrained exclude each other; leave one of them out")
     said = None if request.recipe is None else load_recipe(request.recipe, settings=request.settings)
     seed = said.seed if said else _seed_said(request.settings)
-    data = open_data(request.data, seed=seed, skip_bad=request.skip_bad, progress=progress)
     name = request.model or (DIGITS_NET if request.data == "digits" else DEFAULT_MODEL)
-    channels = 1 if name == DIGITS_NET else 3
+    check_name(name)
+    data = open_data(request.data, seed=seed, skip_bad=request.skip_bad, progress=progress)
+    if tell and name != DIGITS_NET and request.pretrained and request.weights is None:
+        tell(f"{name}: fetching its published weights, unless they are on this machine already")
     torch.manual_seed(seed)  # the new head
     made = make_model(
         name,
         len(data.classes),
         weights=request.weights,
         pretrained=request.pretrained,
-        channels=channels,
+        channels=1 if name == DIGITS_NET else 3,
         size=request.size,
     )
     facts = replace(inspect(made.module), name=name)
-    samples = len(data.listing.train)
-    if said is None:
-        pretrained = request.pretrained or request.weights is not None
-        chosen = default_recipe(
-            facts, samples=samples, image_side=min(made.transform.size), pretrained=pretrained, seed=seed
-        )
-        said = (
-            recipe_from(overridden(chosen.to_dict(), request.settings), where="--set")
-            if request.settings
-            else chosen
-        )
-    transform = (
-        replace(made.transform, augment=tuple(said.augment)) if said.augment is not None else made.transform
+    recipe = said or _chosen(request, facts, data, made.transform, seed)
+    if recipe.augment is None:
+        recipe = replace(recipe, augment=default_augment(min(made.transform.size)))
+    _check_monitor(recipe, data)
+    transform = replace(made.transform, augment=tuple(recipe.augment or ()))
+    plan = resolve(recipe, facts, samples=len(data.listing.train))
+    check_fit(made, len(data.classes), name)
+    optimizer(plan, made.module)  # a plan that could not be followed is refused as well
+    return Job(request, name, data, made, facts, recipe, transform, plan)
+
+
+def _chosen(request: Request, facts: ModelFacts, data: Data, transform: Transform, seed: int) -> Recipe:
+    """The default recipe, with the request's settings laid over it."""
+    chosen = default_recipe(
+        facts,
+        samples=len(data.listing.train),
+        image_side=min(transform.size),
+        pretrained=request.pretrained,
+        validated=bool(data.listing.valid),
+        seed=seed,
     )
-    return Job(request, name, data, made, facts, said, transform, resolve(said, facts, samples=samples))
+    if not request.settings:
+        return chosen
+    return recipe_from(overridden(chosen.to_dict(), request.settings), where="--set")
+
+
+def _check_monitor(recipe: Recipe, data: Data) -> None:
+    """Refuse a `monitor` that is never measured, where something depends on it."""
+    if recipe.monitor not in _MEASURED:
+        near = nearest(recipe.monitor, _MEASURED)
+        raise RecipeError(f"monitor: {recipe.monitor!r} is not measured{near} Known: {', '.join(_MEASURED)}")
+    restores = any(recipe.restore_best if s.restore_best is None else s.restore_best for s in recipe.stages)
+    if (restores or recipe.patience) and not data.listing.valid and recipe.monitor != "train_loss":
+        raise RecipeError(
+            f"monitor: {recipe.monitor!r} is never measured, for no class has an image to spare to validate; "
+            'say monitor = "train_loss", or leave out restore_best and patience'
+        )
 
 
 def from_scratch(job: Job) -> tuple[Made, Recipe]:
-    """The same network with nothing learnt, and a recipe with the same number of updates: everything trains from the first one."""
+    """The same network with nothing learnt, and a recipe of as many updates that trains all of it."""
     torch.manual_seed(job.recipe.seed)
     fresh = make_model(
         job.model_name,
@@ -112,27 +166,47 @@ def from_scratch(job: Job) -> tuple[Made, Recipe]:
     return fresh, replace(job.recipe, stages=[stage])
 
 
-def write_card(job: Job, folder: Path) -> None:
-    """Keep in the run what is needed to use it again: the model's name, classes and transform; and which image was in which half."""
-    folder.mkdir(parents=True, exist_ok=True)
-    card = Card(job.model_name, job.data.classes, replace(job.transform, augment=()))
-    for name, plain in ((CARD, card.to_json()), ("data.json", job.data.listing.to_json())):
-        (folder / name).write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def new_folder(job: Job, out: str | None) -> Path:
+@contextmanager
+def new_run(job: Job, out: str | None) -> Iterator[RunFolder]:
     """The directory that was asked for, or the next free one: runs/DATA-MODEL-1, -2, ...
 
+    It holds what is needed to use the run again (the model's name, classes and transform), which image was in
+    which half, and the picture of the plan. Where the request turns out wrong before the run has begun, all
+    of it is taken away again.
+
     Raises:
-        RequestError: where the one asked for holds a run.
+        RequestError: where the directory holds a run or cannot be made.
+        RunError: for data or settings that turned out wrong after the run had begun.
     """
-    if out is not None:
-        if (Path(out) / "journal.jsonl").exists():
-            raise RequestError(
-                f"--out {out}: holds a run already, and nothing is overwritten; choose another directory, or remove it"
-            )
-        return Path(out)
-    name = f"{_plain(Path(job.request.data).stem or 'data')}-{_plain(job.model_name)}"
+    folder = RunFolder.create(_free_name(job) if out is None else Path(out).expanduser())
+    ours = [folder.path / name for name in _OURS if not (folder.path / name).exists()]
+    card = Card(job.model_name, job.data.classes, replace(job.transform, augment=()))
+    try:
+        folder.write_json(CARD, card.to_json())
+        folder.write_json(_LISTING, job.data.listing.to_json())
+        draw_plan(job.plan, folder.path / _PICTURE)
+        yield folder
+    except RequestError as error:
+        if folder.journal.exists():
+            raise RunError(str(error)) from error
+        _discard(folder.path, ours)
+        raise
+
+
+def _discard(folder: Path, ours: Sequence[Path]) -> None:
+    """Remove what was written, and the directory if nothing else is in it."""
+    for path in ours:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _free_name(job: Job) -> Path:
+    source = Path(job.request.data).expanduser().absolute()
+    name = f"{_plain(source.stem if source.suffix == '.npz' else source.name)}-{_plain(job.model_name)}"
     number = 1
     while (Path("runs") / f"{name}-{number}").exists():
         number += 1
@@ -140,7 +214,7 @@ def new_folder(job: Job, out: str | None) -> Path:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._") or "run"
+    return re.sub(r"[^\w.-]+", "_", text).strip("._") or "data"
 
 
 def _seed_said(settings: Sequence[str]) -> int:

@@ -1,10 +1,11 @@
-"""What `lehr predict` prints: images found by path, folder or glob, and a table, CSV or JSON of what the model says of them."""
+"""What `lehr predict` prints: a table, CSV or JSON of what is in images found by path, folder or glob."""
 
 from __future__ import annotations
 
 import csv
 import glob
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,13 +16,27 @@ from lehr.errors import RequestError
 from lehr.run.reload import Prediction, load, predict
 
 Style = Literal["table", "csv", "json"]
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_IMAGES = (
+    ".apng", ".avif", ".bmp", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx",
+    ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+_WIDEST = 60  # columns for paths, beyond which one long path does not push the others' answers away
 
 
 def predict_paths(
     run: str, paths: Sequence[str], *, top: int, style: Style | str, device: str = "cpu"
 ) -> int:
-    """Predict every image that `paths` mean and print the rows to standard output; the number that could not be read.
+    """Predict every image that `paths` mean and print the rows to standard output.
+
+    Args:
+        run: a run directory.
+        paths: images, folders or globs.
+        top: classes for each image, the likeliest first.
+        style: `"table"`, `"csv"` or `"json"`.
+        device: where the model runs.
+
+    Returns:
+        The number of images that could not be read; each is a row with its error.
 
     Raises:
         RequestError: for a run that cannot be used, or paths that mean no image.
@@ -29,34 +44,39 @@ def predict_paths(
     found = list(dict.fromkeys(images_at(paths)))
     loaded = load(run, device=device)
     rows = _counting(predict(loaded, found, top=top))
-    write = {"table": _table, "csv": _csv, "json": _json}[style]
-    write(rows, sys.stdout)
+    if style == "table":
+        widths = [max(map(len, map(shown, names)), default=0) for names in (found, loaded.classes)]
+        _table(rows, sys.stdout, min(widths[0], _WIDEST), widths[1])
+    else:
+        {"csv": _csv, "json": _json}[style](rows, sys.stdout)
     return rows.failed
 
 
 def images_at(paths: Iterable[str]) -> Iterator[str]:
-    """The files that paths mean: an image itself, all images below a folder, what a glob matches. In order, sorted within each.
+    """The files that paths mean: an image itself, all images below a folder, what a glob matches.
+
+    In the order given, sorted within each; hidden files and folders are passed over.
 
     Raises:
         RequestError: for a path that means nothing.
     """
-    for path in paths:
+    for path in map(os.path.expanduser, paths):
         if Path(path).is_dir():
-            inside = sorted(
-                str(p)
-                for p in Path(path).rglob("*")
-                if p.suffix.lower() in _IMAGES and not p.name.startswith(".")
-            )
+            inside = sorted(str(p) for p in Path(path).rglob("*") if _is_image(p.relative_to(path)))
             if not inside:
                 raise RequestError(f"{path}: no image below this folder; known endings: {', '.join(_IMAGES)}")
             yield from inside
         elif Path(path).exists():
             yield path
         else:
-            matched = sorted(glob.glob(path, recursive=True))
+            matched = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute one
             if not matched:
                 raise RequestError(f"{path}: no such file or folder, and as a glob it matches nothing")
             yield from images_at(matched)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _IMAGES and not any(part.startswith(".") for part in path.parts)
 
 
 class _counting:  # noqa: N801 - used like a function
@@ -72,14 +92,10 @@ class _counting:  # noqa: N801 - used like a function
             yield prediction
 
 
-def _table(rows: Iterable[Prediction], out: TextIO) -> None:
+def _table(rows: Iterable[Prediction], out: TextIO, path_width: int, class_width: int) -> None:
     for row in rows:
-        said = (
-            f"error: {row.error}"
-            if row.error
-            else "  ".join(f"{shown(name)} {p:6.1%}" for name, p in row.top)
-        )
-        out.write(f"{shown(row.path)}  {said}\n")
+        said = "   ".join(f"{shown(name):<{class_width}} {p:6.1%}" for name, p in row.top)
+        out.write(f"{shown(row.path):<{path_width}}  {f'error: {shown(row.error)}' if row.error else said}\n")
 
 
 def _csv(rows: Iterable[Prediction], out: TextIO) -> None:

@@ -123,7 +123,7 @@ def fit(
                         watch.add(update(window, step.index), samples_in(window))
                         if average:
                             average.update(step.index)
-                row = watch.finish()
+                    row = watch.finish()
                 if validation:
                     row |= validate(
                         judged, validation, loss, metrics, batch_size=stage.batch_size, on=on, tell=tell

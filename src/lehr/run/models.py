@@ -20,7 +20,7 @@ from torch import nn
 
 from lehr.data import Transform
 from lehr.errors import ModelError, nearest
-from lehr.run.digits_net import digits_net
+from lehr.run.digits_net import MEAN, STD, digits_net
 from lehr.run.facts import inspect
 from lehr.run.weights import State, load_weights, read_weights
 
@@ -67,6 +67,7 @@ def make_model(
         ModelError: for an unknown name, or published weights that cannot be had.
         WeightsError: for a file that does not fit.
     """
+    check_name(name)
     published = weights is None and pretrained
     if name == DIGITS_NET:
         made = _digits(classes, published)
@@ -76,6 +77,27 @@ def make_model(
         made = _timm(name, classes, published, channels)
     notes = made.notes if weights is None else _loaded(made.module, read_weights(weights), str(weights))
     return Made(made.module, _sized(made.transform, size), tuple(notes))
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no model has.
+
+    Raises:
+        ModelError: with the nearest names.
+    """
+    import timm
+
+    if name.startswith(_TORCHVISION):
+        own = name.removeprefix(_TORCHVISION)
+        if own not in _torchvision_names():
+            near = _near(own, _torchvision_names())
+            raise ModelError(f"--model {name}: torchvision has no such classifier{near}")
+    elif name != DIGITS_NET and not timm.is_model(name):
+        known = [*timm.list_models(), *(f"{_TORCHVISION}{n}" for n in _torchvision_names()), DIGITS_NET]
+        raise ModelError(
+            f"--model {name}: neither timm nor lehr has it{_near(name, known)} "
+            f"torchvision's are written {_TORCHVISION}NAME"
+        )
 
 
 def check_fit(made: Made, classes: int, name: str) -> None:
@@ -112,7 +134,7 @@ def _loaded(module: nn.Module, state: State, where: str) -> tuple[str, ...]:
 
 def _digits(classes: int, pretrained: bool) -> Made:
     net = digits_net(classes)
-    transform = Transform((8, 8), 8, (0.3,), (0.37,), channels=1)
+    transform = Transform((8, 8), 8, (MEAN,), (STD,), channels=1)
     if not pretrained:
         return Made(net, transform, (_NONE,))
     path = files("lehr.data") / _DIGITS_WEIGHTS
@@ -124,12 +146,6 @@ def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:
     import timm
     from timm.data.config import resolve_model_data_config
 
-    if not timm.is_model(name):
-        known = [*timm.list_models(), *(f"{_TORCHVISION}{n}" for n in _torchvision_names()), DIGITS_NET]
-        raise ModelError(
-            f"--model {name}: neither timm nor lehr has it{_near(name, known)} "
-            f"torchvision's are written {_TORCHVISION}NAME"
-        )
     try:
         with _quiet("huggingface_hub", "timm"):
             net = timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
@@ -151,9 +167,6 @@ def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:
 def _torchvision(name: str, classes: int, pretrained: bool, channels: int) -> Made:
     from torchvision import models
 
-    if name not in _torchvision_names():
-        near = _near(name, _torchvision_names())
-        raise ModelError(f"--model {_TORCHVISION}{name}: torchvision has no such classifier{near}")
     if channels != 3:
         raise ModelError(
             f"--model {_TORCHVISION}{name}: takes colour images only; for grey ones name a timm model"

@@ -27,8 +27,8 @@ _BATCH = 32
 class Loaded(NamedTuple):
     """A run's model with its best weights, in eval mode; its validation transform; the names of its classes.
 
-    `transform` turns a PIL image into a tensor. For a run of a person's own model, which has neither, `transform`
-    is None and `classes` is empty.
+    `transform` turns a PIL image into a tensor. For a run of a person's own model, which has neither,
+    `transform` is None and `classes` is empty.
     """
 
     model: nn.Module
@@ -63,8 +63,8 @@ def load(run: str | Path, *, model: nn.Module | None = None, device: str = "cpu"
 
     Args:
         run: a run directory.
-        model: the module to load into, for a run of `lehr.fit` on a model of your own; for what the command line
-            made it may be left out.
+        model: the module to load into, for a run of `lehr.fit` on a model of your own; for a run of the
+            command line it may be left out.
         device: where the model goes: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"` or `"auto"`.
 
     Raises:
@@ -93,7 +93,7 @@ def load(run: str | Path, *, model: nn.Module | None = None, device: str = "cpu"
 
 
 def predict(loaded: Loaded, paths: Iterable[str | Path], *, top: int = 3) -> Iterator[Prediction]:
-    """What the model says of each image, in order; an image that cannot be read is a prediction with its error.
+    """What the model says of each image, in order; of one that cannot be read, why not.
 
     Raises:
         RequestError: for a run without a transform of its own.
