@@ -49,7 +49,7 @@ def main(folder: Path) -> nn.Module:
                     losses, train_loss = train_epoch(model, optimizer, steps, batches, bar)
                     speed = len(train) / (time.perf_counter() - clock)
                     metrics = validate(model, loader(valid, batch_size=stage.batch_size))
-                    bar.set_postfix(loss=train_loss, **metrics)
+                    bar.set_postfix({"loss": train_loss, **metrics})
                 if is_best := metrics["valid_loss"] < best["valid_loss"]:
                     best, best_epoch = {"train_loss": train_loss, **metrics}, epoch
                     save_file(model.state_dict(), folder / "best.safetensors")
@@ -85,7 +85,7 @@ def train_epoch(
         losses.append(loss.item())
         total, samples = total + losses[-1] * len(targets), samples + len(targets)
         bar.update()
-        bar.set_postfix(loss=total / samples, **trained(step.lr))
+        bar.set_postfix({"loss": total / samples, **trained(step.lr)})
     return losses, total / samples
 
 

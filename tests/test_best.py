@@ -150,6 +150,8 @@ def test_a_metric_that_is_not_measured_is_named() -> None:
     """A monitored name that the epoch does not have is an error that lists those it has."""
     best = Best("valid_acuracy", None, None)
     best.begin_stage(0)
-    wanted = r"no metric is called 'valid_acuracy'; did you mean \"valid_accuracy\"\? There are: train_loss, valid_accuracy"
+    wanted = (
+        r"called 'valid_acuracy'; did you mean \"valid_accuracy\"\? There are: train_loss, valid_accuracy"
+    )
     with pytest.raises(RunError, match=wanted):
         offered(best, [0.5], metric="valid_accuracy")

@@ -38,7 +38,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are tiny, and the machine is shared
     try:
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
             patch.syspath_prepend(str(EXAMPLES))  # as `python examples/own_loop.py` has it
             return {name: _run(name, tmp_path_factory.mktemp(name), patch) for name in ("fit", "own_loop")}
     finally:

@@ -78,7 +78,10 @@ def test_importing_loads_nothing_heavy() -> None:
 
 def test_asking_for_help_loads_nothing_heavy() -> None:
     """`lehr --help` and `python -m lehr --help` load neither torch nor what shows and measures."""
-    program = "from lehr.__main__ import main\ntry: main(['--help'])\nexcept SystemExit as done: assert not done.code"
+    program = (
+        "from lehr.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit as done: assert not done.code"
+    )
     assert not loaded_by(program).intersection(HEAVY)
     program = (
         "import runpy, sys\nsys.argv = ['lehr', '--help']\n"
@@ -92,8 +95,10 @@ def test_a_plan_needs_no_torch(tmp_path: Path) -> None:
     program = """
 import lehr
 from lehr.selection import ModelFacts, ParameterFacts
-facts = ModelFacts("net", (ParameterFacts("body.weight", (4, 4)), ParameterFacts("fc.weight", (2, 4))), head=("fc",))
-recipe = lehr.Recipe([lehr.Stage("2 epochs", train="head", lr=0.1), lehr.Stage("9 steps", train="all", lr=0.01)])
+parameters = (ParameterFacts("body.weight", (4, 4)), ParameterFacts("fc.weight", (2, 4)))
+facts = ModelFacts("net", parameters, head=("fc",))
+stages = [lehr.Stage("2 epochs", train="head", lr=0.1), lehr.Stage("9 steps", train="all", lr=0.01)]
+recipe = lehr.Recipe(stages)
 plan = lehr.plan(recipe, facts, samples=100)
 assert "head" in str(plan) and len(list(plan)) == plan.total_steps == 17
 plan.save("PLAN")

@@ -91,7 +91,7 @@ def written(result_or_folder: Any) -> list[Event]:
     return [record.event for record in read_journal(Path(result_or_folder) / "journal.jsonl")]
 
 
-# --- beside a loop by hand -----------------------------------------------------------------------------------------
+# --- beside a loop by hand ---
 
 
 def by_hand(
@@ -225,7 +225,7 @@ def test_the_average_is_what_is_validated_and_left() -> None:
     assert result.history[-1]["valid_loss"] == pytest.approx(loss, rel=1e-6)
 
 
-# --- data ----------------------------------------------------------------------------------------------------------
+# --- data ---
 
 
 class Augmented(Dataset[Any]):
@@ -366,10 +366,10 @@ REFUSED: list[tuple[str, dict[str, Any], type[LehrError], str]] = [
     ("patience", {"recipe": one_stage(patience="2 epochs", monitor="valid_accuracy")}, RecipeError,
      r"patience: there is no validation set, so 'valid_accuracy' is never measured"),
     ("monitor", {"recipe": one_stage(monitor="valid_acuracy"), "valid": data(9)}, RecipeError,
-     r"monitor: no metric is called 'valid_acuracy'; did you mean \"valid_accuracy\".*There are: train_loss, valid_loss"),
+     r"called 'valid_acuracy'; did you mean \"valid_accuracy\".*There are: train_loss, valid_loss"),
     ("monitor of metrics", {"recipe": one_stage(monitor="valid_accuracy"), "valid": data(9),
                             "metrics": {"f1": MulticlassF1Score(3)}}, RecipeError, r"There are: .*valid_f1"),
-    ("metrics alone", {"metrics": {"f1": MulticlassF1Score(3)}}, RequestError, "metrics: there is no validation set"),
+    ("metrics alone", {"metrics": {"f1": MulticlassF1Score(3)}}, RequestError, "there is no validation set"),
     ("one metric", {"metrics": MulticlassF1Score(3), "valid": data(9)}, RequestError,
      r"metrics: a MulticlassF1Score; expected torchmetrics by name"),
     ("optimizer", {"recipe": one_stage(optimizer="adm")}, RecipeError, "torch has no 'adm'"),
@@ -402,7 +402,7 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "journal.jsonl").read_bytes() == journal
 
 
-# --- best weights and early stopping -------------------------------------------------------------------------------
+# --- best weights and early stopping ---
 
 
 @pytest.fixture
@@ -434,18 +434,23 @@ def test_each_stage_ends_with_its_best_and_the_run_with_the_best_of_all(
 ) -> None:
     """restore_best: a stage goes on from its own best epoch; the run ends with the best of all, the
     earlier of two equal ones."""
-    kept = scripted(3.0, 1.0, 2.0, 5.0, 4.0, 4.0)
-    stages = [Stage("3 epochs", train="head", lr=0.05), Stage("3 epochs", train="all", lr=0.01)]
+    kept = scripted(3.0, 1.0, 2.0, 5.0, 4.0, 4.0, 1.0)
+    stages = [
+        Stage("3 epochs", train="head", lr=0.05),
+        Stage("3 epochs", train="all", lr=0.01),
+        Stage("1 epoch", train="head", lr=0.01),
+    ]
     recipe = Recipe(stages, batch_size=8, restore_best=True, ema=ema)
     model, events = net(), []
     starts: list[dict[str, torch.Tensor]] = []
     said = [events.append, lambda e: starts.append(weights(model)) if isinstance(e, StageStarted) else None]
     result = lehr.fit(model, data(), data(9), recipe=recipe, observers=said, out=tmp_path, device="cpu")
     assert same(starts[1], kept[1]), "the second stage began with the best weights of the first"
+    assert same(starts[2], kept[4]), "and the third with those of the second, which are not the run's"
     assert same(weights(model), kept[1])
     assert same(load_file(tmp_path / "best.safetensors"), kept[1])
-    assert ends(events) == [(21, "length", 1), (42, "length", 1)]
-    assert [row["best"] for row in result.history] == [True, True, False, False, False, False]
+    assert ends(events) == [(21, "length", 1), (42, "length", 4), (49, "length", 1)]
+    assert [row["best"] for row in result.history] == [True, True] + [False] * 5
     assert result.best is result.history[1]
     assert events[-1].best_epoch == 1
     assert events[-1].metrics == {"train_loss": result.history[1]["train_loss"], "valid_loss": 1.0}
@@ -498,7 +503,7 @@ def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
     assert written(tmp_path)[-1].best_epoch is None
 
 
-# --- what stops a run ----------------------------------------------------------------------------------------------
+# --- what stops a run ---
 
 
 def failing_at(
@@ -525,7 +530,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     best: list[dict[str, torch.Tensor]] = []
     handle = register_optimizer_step_post_hook(lambda *_: kept.append(weights(model)))
     observers = [lambda e: best.append(weights(model)) if isinstance(e, EpochEnded) and e.best else None]
-    wanted = r"the loss is nan at step 18 \(stage 2, 'all'; rates: .*0\.005.*\); try a lower lr, a longer warm-up, clip_norm"
+    wanted = r"loss is nan at step 18 \(stage 2, 'all'; rates: .*0\.005.*\); try a lower lr, .*clip_norm"
     with pytest.raises(NonFiniteError, match=wanted):
         lehr.fit(
             model, data(), data(20), recipe=head_then_all(), out=tmp_path, observers=observers, device="cpu",
@@ -553,7 +558,7 @@ def test_an_interrupted_run_says_how_far_it_came(tmp_path: Path) -> None:
     assert len(losses_of(events)) == 9
 
 
-# --- what is told --------------------------------------------------------------------------------------------------
+# --- what is told ---
 
 
 def test_the_journal_holds_the_whole_run(tmp_path: Path) -> None:
@@ -632,7 +637,7 @@ def test_an_observer_can_change_nothing(tmp_path: Path) -> None:
             if isinstance(getattr(event, field.name), dict):
                 getattr(event, field.name).clear()
 
-    def broken(event: Event) -> None:
+    def broken(_: Event) -> None:
         raise ValueError("mine")
 
     with pytest.warns(RuntimeWarning, match="raised ValueError"):
@@ -660,7 +665,7 @@ def test_the_history_is_plain_numbers() -> None:
         assert {type(value) for value in row.values()} == {int, float, bool}
 
 
-# --- models and machines -------------------------------------------------------------------------------------------
+# --- models and machines ---
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -242,3 +242,11 @@ def test_the_page_says_the_rest() -> None:
     ):
         assert words in page
     assert all(line == line.rstrip() for line in page.splitlines())
+
+
+def test_the_page_counts_parts_of_epochs() -> None:
+    """A stage of one and a half epochs is 15 steps and 1.5 epochs on the page, though it begins two."""
+    page = str(plan_of(Stage("1.5 epochs", train="head", lr=1)))
+    row = next(line for line in page.splitlines() if line.startswith("  1  head"))
+    assert row.split()[2:7] == ["0", "to", "15", "15", "1.5"]
+    assert "1 stage, 2 epochs, 15 steps" in page

@@ -169,3 +169,11 @@ def test_frozen_by_hand() -> None:
     assert "stem is frozen by hand" in plan.notes
     assert not any("no stage trains" in note for note in plan.notes)
     assert "stem.weight" in plan_of(Stage("1 epoch", train=["all", "stem"], lr=1), facts=HAND)[0].trainable
+
+
+def test_restore_best_is_a_stages_own() -> None:
+    """A stage restores its best weights as the recipe says, unless it says otherwise itself."""
+    stages = [Stage("1 epoch", train="head", lr=1, restore_best=said) for said in (None, True, False)]
+    for by_default in (True, False):
+        plan = resolve(Recipe(stages, restore_best=by_default), NET, samples=320)
+        assert [stage.restore_best for stage in plan.stages] == [by_default, True, False]

@@ -100,10 +100,15 @@ def test_too_few_batches_are_an_error() -> None:
 def test_a_loss_that_is_not_finite_names_its_own_step() -> None:
     """However late it is read, the error names the step, and the steps before it are told."""
     watch, told, _ = watching(20)
-    with pytest.raises(NonFiniteError, match=r"the loss is inf at step 3 \(stage 1, '1'; rates: .*\)"), watch:
-        for step in range(10):
-            watch.add(torch.tensor(math.inf if step == 3 else 1.0), 2)
-        watch.finish()
+
+    def run() -> None:
+        with watch:
+            for step in range(10):
+                watch.add(torch.tensor(math.inf if step == 3 else 1.0), 2)
+            watch.finish()
+
+    with pytest.raises(NonFiniteError, match=r"the loss is inf at step 3 \(stage 1, '1'; rates: .*\)"):
+        run()
     assert taken(told) == [StepsTaken(0, 3, (1.0, 1.0, 1.0))]
 
 
@@ -111,10 +116,15 @@ def test_a_loss_that_is_not_finite_names_its_own_step() -> None:
 def test_an_epoch_that_breaks_off_tells_of_what_was_done(broken: type[BaseException]) -> None:
     """Steps that were done are told, and the error goes on its way."""
     watch, told, _ = watching(20)
-    with pytest.raises(broken), watch:
-        for step in range(7):
-            watch.add(torch.tensor(float(step)), 2)
-        raise broken
+
+    def run() -> None:
+        with watch:
+            for step in range(7):
+                watch.add(torch.tensor(float(step)), 2)
+            raise broken
+
+    with pytest.raises(broken):
+        run()
     assert taken(told) == [StepsTaken(0, 7, tuple(float(step) for step in range(7)))]
 
 

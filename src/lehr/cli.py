@@ -17,7 +17,10 @@ import click
 from lehr._version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lehr.job import Job, Request
+    from lehr.journal import Observer
 
 F = TypeVar("F", bound=Callable[..., Any])
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -116,11 +119,10 @@ def fit(
     arithmetic(device, precision)  # refused before the data are read
     job = _prepared(_request(asked))
     from lehr import job as jobs
-    from lehr.progress import progress
     from lehr.run.loop import fit as run_fit
 
     with jobs.new_run(job, out) as folder:
-        observers: list[Any] = [progress()]
+        observers: list[Any] = [_bar()]
         if tensorboard:
             from lehr.run.tensorboard import tensorboard as to_tensorboard
 
@@ -132,29 +134,36 @@ def fit(
         train = job.data.train(job.transform, seed=job.recipe.seed)
         valid = job.data.valid(job.transform)
         halves = (train, valid if len(valid) else None)
-        result = run_fit(
-            job.made.module, *halves, recipe=job.recipe, out=folder.path, observers=observers, **on
-        )
+        try:
+            result = run_fit(
+                job.made.module, *halves, recipe=job.recipe, out=folder.path, observers=observers, **on
+            )
+        except BaseException:
+            if folder.weights.is_file():
+                _say(f"the best weights so far are kept: lehr predict {_quoted(folder.path)} IMAGE...")
+            raise
     if scratch if scratch is not None else job.request.data == "digits":
         _compare(job, result.best, halves, on)
-    _say(f"next: lehr predict {shlex.quote(str(folder.path))} IMAGE...")
+    _say(f"next: lehr predict {_quoted(folder.path)} IMAGE...")
 
 
 def _compare(job: Job, best: Any, halves: tuple[Any, Any], on: dict[str, Any]) -> None:
     """Train the same network from scratch for as many updates, and say by how much fine-tuning beats it."""
     from lehr.job import from_scratch
-    from lehr.progress import progress
     from lehr.run.loop import fit as run_fit
     from lehr.run.validation import higher_is_better
 
     _say(f"the same network from scratch, as many updates ({job.plan.total_steps:,}):")
     made, recipe = from_scratch(job)
-    other = run_fit(made.module, *halves, recipe=recipe, observers=[progress()], **on).best
+    other = run_fit(made.module, *halves, recipe=recipe, observers=[_bar()], **on).best
     monitor = job.recipe.monitor if job.recipe.monitor in best else "train_loss"
     gain = (best[monitor] - other[monitor]) * (1 if higher_is_better(monitor, None) else -1)
+    verdict = (
+        f"{'better' if gain > 0 else 'worse'} by {abs(gain):.4f}" if gain else "neither better nor worse"
+    )
     _say(
         f"{monitor}: fine-tuned {best[monitor]:.4f}, from scratch {other[monitor]:.4f}: "
-        f"fine-tuning is {'better' if gain >= 0 else 'worse'} by {abs(gain):.4f}"
+        f"fine-tuning is {verdict}"
     )
 
 
@@ -232,6 +241,15 @@ def predict(run: str, paths: tuple[str, ...], top: int, as_csv: bool, as_json: b
         sys.exit(1)
 
 
+def _bar() -> Observer:
+    """The bar, silent on why a run failed: that is said once, in the last line."""
+    from lehr.journal import RunFailed
+    from lehr.progress import progress
+
+    draw = progress()
+    return lambda event: draw(replace(event, error="see below") if isinstance(event, RunFailed) else event)
+
+
 def _request(asked: dict[str, Any]) -> Request:
     from lehr.job import Request
 
@@ -286,6 +304,10 @@ def _again(request: Request) -> str:
         if on
     ]
     return shlex.join(said)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _say(line: str) -> None:

@@ -20,7 +20,7 @@ SMALL_IMAGE = 48
 shifted only.
 """
 
-SMALL_NETWORK = 1_000_000
+SMALL_NETWORK = 200_000
 """Parameters. A network below it was pretrained on little, and learns as fast when thawed as from scratch."""
 
 
@@ -59,7 +59,7 @@ def default_recipe(
         weight_decay=0.05,
         label_smoothing=0.1,
         clip_norm=1.0,
-        monitor="valid_accuracy" if validated else "train_loss",
+        monitor="valid_accuracy",
         restore_best=validated,
         seed=seed,
         augment=default_augment(image_side),
@@ -84,8 +84,8 @@ def _stages(facts: ModelFacts, samples: int, batch: int, pretrained: bool) -> li
         return [Stage(_epochs(1300, steps_per_epoch, 10, 70), train="all", lr=3e-4)]
     if facts.count() < SMALL_NETWORK:
         return [
-            Stage(_epochs(20, steps_per_epoch, 3, 30), train="head", lr=1e-2),
-            Stage(_epochs(40, steps_per_epoch, 6, 40), train="all", lr=3e-3),
+            Stage(_epochs(12, steps_per_epoch, 2, 30), train="head", lr=1e-2),
+            Stage(_epochs(36, steps_per_epoch, 4, 40), train="all", lr=3e-3),
         ]
     return [
         # A new head starts from noise; backwards through it, a thawed backbone would be spoilt first. About

@@ -159,7 +159,7 @@ def from_scratch(job: Job) -> tuple[Made, Recipe]:
         channels=job.transform.channels,
         size=job.request.size,
     )
-    peak = max(rate for stage in job.plan.stages for rate in stage.peak_lr.values())
+    peak = max(job.plan.stages[-1].peak_lr.values())
     stage = Stage(
         f"{job.plan.total_steps} steps", train="all", lr=peak, batch_size=job.plan.stages[-1].batch_size
     )
@@ -171,8 +171,8 @@ def new_run(job: Job, out: str | None) -> Iterator[RunFolder]:
     """The directory that was asked for, or the next free one: runs/DATA-MODEL-1, -2, ...
 
     It holds what is needed to use the run again (the model's name, classes and transform), which image was in
-    which half, and the picture of the plan. Where the request turns out wrong before the run has begun, all
-    of it is taken away again.
+    which half, and the picture of the plan. Where something stops it before the run has begun, all of that is
+    taken away again.
 
     Raises:
         RequestError: where the directory holds a run or cannot be made.
@@ -186,10 +186,12 @@ def new_run(job: Job, out: str | None) -> Iterator[RunFolder]:
         folder.write_json(_LISTING, job.data.listing.to_json())
         draw_plan(job.plan, folder.path / _PICTURE)
         yield folder
-    except RequestError as error:
-        if folder.journal.exists():
+    except BaseException as error:
+        begun = folder.journal.exists()
+        if not begun:
+            _discard(folder.path, ours)
+        elif isinstance(error, RequestError):
             raise RunError(str(error)) from error
-        _discard(folder.path, ours)
         raise
 
 

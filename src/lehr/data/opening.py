@@ -97,7 +97,7 @@ def open_data(
     Example:
         >>> data = open_data("digits")
         >>> data.classes, len(data.listing.train), len(data.listing.valid)
-        (('5', '6', '7', '8', '9'), 50, 846)
+        (('5', '6', '7', '8', '9'), 25, 871)
     """
     source = os.fspath(where)
     try:
@@ -113,7 +113,7 @@ def _open(source: str, *, seed: int, valid_share: float, skip_bad: bool, progres
     """What kind of thing `source` is, and that kind's way in."""
     path = Path(source).expanduser()
     if source in BUILT_IN:
-        arrays = load_digits_few(seed)
+        arrays = load_digits_few()
         if path.exists():
             what = f"the built-in {source} is meant; for the folder of this name write ./{source}"
             arrays = replace(arrays, findings=(Finding("", what, fatal=False),))

@@ -41,13 +41,6 @@ def split_by_share(
     return train, valid
 
 
-def split_by_count(
-    items: Iterable[Item], *, per_class: int, seed: int
-) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """The training half of `per_class` samples of each class (all, where it has fewer), and the rest."""
-    return _lowest(items, seed=seed, count=lambda _: per_class)
-
-
 def _lowest(
     items: Iterable[Item], *, seed: int, count: Callable[[int], int]
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:

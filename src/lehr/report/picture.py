@@ -52,9 +52,7 @@ def draw_plan(plan: Plan, path: str | Path) -> None:
 
 
 def _draw_rates(axes: Axes, plan: Plan) -> None:
-    """A line for each curve, broken between stages, where rates jump; the first are wider, so that one line on
-    another shows both.
-    """  # noqa: D205
+    """A line for each curve, broken between stages, where rates jump; the first are wider, so all show."""
     curves = _curves(plan)
     for colour, (names, rates) in enumerate(curves):
         for stage in plan.stages:

@@ -1,4 +1,7 @@
-"""The best weights so far: what "best" means, where they are kept, and how they come back. It must not know how they were trained."""
+"""The best weights so far: what "best" means, where they are kept, and how they come back.
+
+It must not know how they were trained.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,8 @@ class Best:
             return False
         if self._monitor not in row:
             raise RunError(
-                f"monitor: no metric is called {self._monitor!r}{nearest(self._monitor, row)} There are: {', '.join(row)}"
+                f"monitor: no metric is called {self._monitor!r}{nearest(self._monitor, row)} "
+                f"There are: {', '.join(row)}"
             )
         measured = row[self._monitor]
         value = -math.inf if math.isnan(measured) else self._sign * measured  # nothing compares with NaN
@@ -77,7 +81,8 @@ class Best:
         """Put the best weights of the run, or of the stage, into the model and its average.
 
         Returns:
-            The epoch that they come from; None where that is `epoch`, the one that was just trained, or nothing was kept.
+            The epoch that they come from; None where that is `epoch`, the one that was just trained, or
+            nothing was kept.
         """
         kept = self._run if of_run else self._stage
         if kept is None:

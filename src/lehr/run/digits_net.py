@@ -1,4 +1,4 @@
-"""The small convolutional network of the built-in job: 8 x 8 grey digits, about 75,000 parameters, batch-norm."""
+"""The small convolutional network of the built-in job, for 8 x 8 grey digits: about 75,000 parameters."""
 
 from __future__ import annotations
 

@@ -13,9 +13,10 @@ from lehr.run.facts import unwrap
 class Ema:
     """A second model whose weights follow the first: average += (1 - d) * (weight - average) after each step.
 
-    d at step t (0-based) is min(decay, (1 + t) / (10 + t)), so that a short run is not held at its start (the rule of TensorFlow's
-    ExponentialMovingAverage). Floating-point buffers are averaged alike. Whole numbers are copied, and so are tensors that hold an
-    infinity (the mask of an attention), of which there is no average. What is frozen stays equal to the bit.
+    d at step t (0-based) is min(decay, (1 + t) / (10 + t)), so that a short run is not held at its start (the
+    rule of TensorFlow's ExponentialMovingAverage). Floating-point buffers are averaged alike. Whole numbers
+    are copied, and so are tensors that hold an infinity (the mask of an attention), of which there is no
+    average. What is frozen stays equal to the bit.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

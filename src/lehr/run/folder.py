@@ -1,4 +1,6 @@
-"""A run's directory: what is in it, under which name. Nothing in it is a pickle; every file is written aside and renamed into place.
+"""A run's directory: what is in it, under which name.
+
+Nothing in it is a pickle; every file is written aside and renamed into place.
 
 recipe.toml  plan.json  environment.json  journal.jsonl  best.safetensors
 """
@@ -41,7 +43,8 @@ class RunFolder:
         folder = Path(path)
         if (folder / "journal.jsonl").exists():
             raise RequestError(
-                f"{folder}: holds a run already, and nothing is overwritten; choose another directory, or remove it"
+                f"{folder}: holds a run already, and nothing is overwritten; "
+                "choose another directory, or remove it"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,14 +75,20 @@ class RunFolder:
         write_weights(state, self.weights)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write `value` as JSON, readable."""
-        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        """Write `value` as JSON, readable; in ASCII where it holds a file name that is no Unicode text."""
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        plain = text.isascii() or text.encode("utf-8", "replace").decode() == text
+        self.write_text(name, (text if plain else json.dumps(value, indent=1)) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, all of it or nothing."""
         aside = self.path / f".{name}.part"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(self.path / name)
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(self.path / name)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def environment(on: Arithmetic) -> dict[str, Any]:

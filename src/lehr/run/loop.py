@@ -1,4 +1,7 @@
-"""`fit`: the loop. It reads from top to bottom; every part of it is usable alone (examples/own_loop.py is the same loop by hand)."""
+"""`fit`: the loop. It reads from top to bottom, and every part of it is usable alone.
+
+examples/own_loop.py is the same loop by hand.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,9 @@ from lehr.run.watch import EpochWatch, telling, trained_only
 class Result:
     """What a run came to.
 
-    `model` is the person's own, trained in place; `history` has one row of plain numbers an epoch; `best` is the row of the best
-    epoch by `monitor` (the last epoch's without validation); `run` is the directory, or None.
+    `model` is the person's own, trained in place; `history` has one row of plain numbers an epoch; `best` is
+    the row of the best epoch by `monitor` (the last epoch's without validation); `run` is the directory, or
+    None.
     """
 
     model: nn.Module
@@ -64,8 +68,9 @@ def fit(
         train: a map-style data set of samples, or a `DataLoader` (which then decides batches and order).
         valid: the same, used whole, once an epoch; None validates nothing.
         recipe: what trains when, and how fast.
-        loss: `loss(model, batch)` returns the mean over the batch, a scalar tensor, or a dict with it as `loss` (and `outputs` and
-            `targets` for metrics). By default batches are `(inputs, targets)` and the loss is cross-entropy.
+        loss: `loss(model, batch)` returns the mean over the batch, a scalar tensor, or a dict with it as
+            `loss` (and `outputs` and `targets` for metrics). By default batches are `(inputs, targets)` and
+            the loss is cross-entropy.
         metrics: torchmetrics by name, for validation; accuracy by default, where there are classes.
         out: a new directory for the run: recipe, plan, journal, best weights. None writes nothing.
         device: `"auto"` (CUDA, else MPS, else CPU), or a device.
@@ -161,13 +166,15 @@ def _check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics
     needs = "restore_best" if restores else "patience" if plan.patience < math.inf else ""
     if needs and validation is None and plan.monitor != "train_loss":
         raise RecipeError(
-            f'{needs}: there is no validation set, so {plan.monitor!r} is never measured; pass valid=, or monitor="train_loss"'
+            f"{needs}: there is no validation set, so {plan.monitor!r} is never measured; "
+            'pass valid=, or monitor="train_loss"'
         )
     named = ("accuracy",) if metrics is None else tuple(metrics)
     measured = ["train_loss", "valid_loss", *(f"valid_{name}" for name in named)]
     if validation and plan.monitor not in measured:
         raise RecipeError(
-            f"monitor: no metric is called {plan.monitor!r}{nearest(plan.monitor, measured)} There are: {', '.join(measured)}"
+            f"monitor: no metric is called {plan.monitor!r}{nearest(plan.monitor, measured)} "
+            f"There are: {', '.join(measured)}"
         )
     if training.loader is None:
         return
@@ -175,7 +182,8 @@ def _check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics
     for stage in plan.stages:
         if size is not None and stage.batch_size != size:
             raise RecipeError(
-                f"batch_size: stage {stage.index + 1} says {stage.batch_size}, the DataLoader makes batches of {size}; "
+                f"batch_size: stage {stage.index + 1} says {stage.batch_size}, "
+                f"the DataLoader makes batches of {size}; "
                 f"say batch_size={size} in the recipe, or pass the data set and let lehr make the batches"
             )
 
@@ -190,7 +198,8 @@ def _run_started(plan: Plan, training: Feed, validation: Feed | None, on: Arithm
 
 def _stage_started(plan: Plan, stage: PlannedStage) -> StageStarted:
     return StageStarted(
-        stage=stage.index, label=stage.label, start=stage.start, stop=stage.stop, first_epoch=stage.first_epoch, epochs=stage.epochs,
+        stage=stage.index, label=stage.label, start=stage.start, stop=stage.stop,
+        first_epoch=stage.first_epoch, epochs=stage.epochs,
         trained_parameters=sum(plan.parameters[name] for name in plan.trainable(stage)),
         total_parameters=sum(plan.parameters.values()), peak_lr=trained_only(stage.peak_lr),
     )  # fmt: skip
@@ -200,7 +209,8 @@ def _epoch_ended(row: Mapping[str, Any], plan: Plan, watch: EpochWatch) -> Epoch
     own = ("epoch", "stage", "step", "train_loss", "best")
     return EpochEnded(
         epoch=row["epoch"], stage=row["stage"], step=row["step"], train_loss=row["train_loss"],
-        metrics={name: value for name, value in row.items() if name not in own}, lr=trained_only(plan[row["step"] - 1].lr),
+        metrics={name: value for name, value in row.items() if name not in own},
+        lr=trained_only(plan[row["step"] - 1].lr),
         seconds=watch.seconds, samples_per_second=watch.samples_per_second, best=row["best"],
     )  # fmt: skip
 
@@ -208,6 +218,7 @@ def _epoch_ended(row: Mapping[str, Any], plan: Plan, watch: EpochWatch) -> Epoch
 def _run_ended(result: Result, reason: str, seconds: float) -> RunEnded:
     row = result.best
     return RunEnded(
-        step=int(result.history[-1]["step"]), reason=reason, best_epoch=int(row["epoch"]) if row["best"] else None,
-        metrics={name: value for name, value in row.items() if name.startswith(("train_", "valid_"))}, seconds=seconds,
+        step=int(result.history[-1]["step"]), reason=reason, seconds=seconds,
+        best_epoch=int(row["epoch"]) if row["best"] else None,
+        metrics={name: value for name, value in row.items() if name.startswith(("train_", "valid_"))},
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """One optimizer with named groups, and `apply`: the only function that changes what trains and how fast.
 
-Groups are built once, from the plan, over everything that any stage trains; a thaw changes values, never the list. This file must
-not know batches or losses.
+Groups are built once, from the plan, over everything that any stage trains; a thaw changes values, never the
+list. This file must not know batches or losses.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _NEEDS_CLOSURE = ("lbfgs",)
 def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     """The plan's optimizer over `model`, with one parameter group for each of `plan.groups`, in order.
 
-    Each group carries `name`, `param_names`, and the class's own settings; `lr` and `weight_decay` are those of step 0, and
-    `lehr.apply` sets them for every step.
+    Each group carries `name`, `param_names`, and the class's own settings; `lr` and `weight_decay` are those
+    of step 0, and `lehr.apply` sets them for every step.
 
     Raises:
         RecipeError: for an unknown optimizer or setting, or a weight decay that the optimizer does not have.
@@ -37,7 +37,8 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         >>> from lehr.planning import resolve
         >>> from lehr.run.facts import inspect as look
         >>> net = nn.Sequential(nn.Linear(4, 2))
-        >>> plan = resolve(Recipe([Stage("1 epoch", train="all", lr=0.1)], optimizer="sgd"), look(net), samples=32)
+        >>> recipe = Recipe([Stage("1 epoch", train="all", lr=0.1)], optimizer="sgd")
+        >>> plan = resolve(recipe, look(net), samples=32)
         >>> [group["param_names"] for group in optimizer(plan, net).param_groups]
         [['0.weight', '0.bias']]
     """
@@ -50,7 +51,8 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         if key not in accepted:
             known = [name for name in accepted if name not in ("params", "lr", "weight_decay")]
             raise RecipeError(
-                f"optimizer: {cls.__name__} has no setting {key!r}{nearest(key, known)} It has: {', '.join(known)}"
+                f"optimizer: {cls.__name__} has no setting {key!r}{nearest(key, known)} "
+                f"It has: {', '.join(known)}"
             )
     decays = any(decay for stage in plan.stages for decay in stage.weight_decay.values())
     if decays and "weight_decay" not in accepted:
@@ -81,18 +83,21 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def apply(step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Make `model` and `optimizer` be as `step` says: what trains, what is frozen, and each group's rate and decay.
+    """Make `model` and `optimizer` be as `step` says: what trains and what not, each group's rate and decay.
 
-    Idempotent and without history: `apply(plan[s], ...); apply(plan[t], ...)` leaves what `apply(plan[t], ...)` leaves. What a step
-    does not train is frozen (`lehr.freeze`): no gradients, eval mode, whatever `model.train()` says. Cheap enough for every step.
+    Idempotent and without history: `apply(plan[s], ...); apply(plan[t], ...)` leaves what `apply(plan[t],
+    ...)` leaves. What a step does not train is frozen (`lehr.freeze`): no gradients, eval mode, whatever
+    `model.train()` says. Cheap enough for every step.
 
     Raises:
-        RecipeError: for an optimizer whose groups are not the plan's (`lehr.optimizer` makes one); nothing has changed then.
+        RecipeError: for an optimizer whose groups are not the plan's (`lehr.optimizer` makes one); nothing
+            has changed then.
     """
     names = [group.get("name") for group in optimizer.param_groups]
     if names != list(step.lr):
         raise RecipeError(
-            f"the optimizer has the groups {names}, the plan has {list(step.lr)}; make it with lehr.optimizer(plan, model)"
+            f"the optimizer has the groups {names}, the plan has {list(step.lr)}; "
+            "make it with lehr.optimizer(plan, model)"
         )
     set_trainable(model, step.trainable)
     for name, group in zip(names, optimizer.param_groups, strict=True):
@@ -132,7 +137,8 @@ def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     usable = sorted(set(classes) - set(_NEEDS_CLOSURE))
     if name.lower() in _NEEDS_CLOSURE:
         raise RecipeError(
-            f"optimizer: {name!r} evaluates the loss several times a step, which stages do not do; take one of {', '.join(usable)}"
+            f"optimizer: {name!r} evaluates the loss several times a step, which stages do not do; "
+            f"take one of {', '.join(usable)}"
         )
     if name.lower() not in classes:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Where the arithmetic happens and in which numbers: device, autocast, and fp16's gradient scale. Nothing here knows a stage."""
+"""Where the arithmetic happens and in which numbers: a device and autocast. Nothing here knows a stage."""
 
 from __future__ import annotations
 

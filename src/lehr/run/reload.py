@@ -13,6 +13,7 @@ from torch import nn
 
 from lehr.data import Transform, read_image
 from lehr.data.augment import Pipeline
+from lehr.data.listing import shown
 from lehr.errors import DataError, RequestError, WeightsError, nearest
 from lehr.run.facts import unwrap
 from lehr.run.folder import RunFolder
@@ -79,7 +80,7 @@ def load(run: str | Path, *, model: nn.Module | None = None, device: str = "cpu"
     place = arithmetic(device).device
     weights = RunFolder(folder).weights
     if not weights.is_file():
-        raise RequestError(f"{folder}: {_no_weights(folder)}; expected a directory that lehr fit made")
+        raise RequestError(f"{folder}: {_no_weights(folder)} Expected a directory that lehr fit made")
     card = _read_card(folder)
     if model is None and card is None:
         raise RequestError(
@@ -110,7 +111,7 @@ def predict(loaded: Loaded, paths: Iterable[str | Path], *, top: int = 3) -> Ite
                 read_image(Path(path), loaded.transform.transform.channels)
             )
         except DataError as error:
-            tensor = str(error)
+            tensor = str(error).removeprefix(f"{shown(str(path))}: ")  # the row names it already
         waiting.append((str(path), tensor))
         if len(waiting) == _BATCH:
             yield from _predicted(loaded, waiting, top, device)
@@ -164,11 +165,11 @@ def _fill(module: nn.Module, state: Mapping[str, torch.Tensor], where: Path) -> 
 def _no_weights(folder: Path) -> str:
     """Why there is nothing to load from `folder`."""
     if RunFolder(folder).journal.is_file():
-        return f"has no {RunFolder(folder).weights.name}: no epoch of this run has ended"
+        return f"has no {RunFolder(folder).weights.name}: no epoch of this run has ended."
     if folder.exists():
-        return "is not a run directory"
+        return "not a run directory."
     runs = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-    return "no such directory" + nearest(folder.name, runs).rstrip(".")
+    return "no such directory" + nearest(folder.name, runs)
 
 
 def _read_card(folder: Path) -> Card | None:

@@ -1,7 +1,8 @@
 """The order of the data: a pure function of (seed, epoch), and the batches that follow from it.
 
-`Feed` is what the loop draws from. It hides whether samples come from tensors in memory, from a data set (with any number of
-worker processes) or from a data loader that the person made. It must not know models, losses or devices.
+`Feed` is what the loop draws from. It hides whether samples come from tensors in memory, from a data set
+(with any number of worker processes) or from a data loader that the person made. It must not know models,
+losses or devices.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def cut(indices: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Feed:
-    """Where batches come from. `samples` in one pass; `batches` is the length of a person's own loader, else None."""
+    """Where batches come from: `samples` in one pass, drawn by `workers` processes (0: by this one)."""
 
     source: Dataset[Any] | DataLoader[Any]
     samples: int
@@ -69,7 +70,7 @@ class Feed:
         return None if self.loader is None else len(self.loader)
 
     def windows(self, stage: PlannedStage, epoch: int) -> Iterator[Window]:
-        """The batches of each step of an epoch, each batch with its number of samples; the last window may be short."""
+        """The batches of each step of an epoch, each with its number of samples; the last may be short."""
         batches = self.ordered(stage.batch_size, epoch) if self.loader is None else iter(self.loader)
         while window := list(islice(batches, stage.accumulate)):
             yield [(batch, size_of(batch)) for batch in window]
@@ -100,12 +101,13 @@ class Feed:
 
     @cached_property
     def _by_key(self) -> DataLoader[Any]:
-        """Draws samples by (index, view). Its workers live as long as the feed; with a generator of its own it leaves torch's global
-        one untouched, so that nothing depends on how many workers there are.
+        """Draws samples by (index, view). Its workers live as long as the feed; with a generator of its own
+        it leaves torch's global one untouched, so that nothing depends on how many workers there are.
         """
         return DataLoader(
-            pure(self._dataset, self.seed), batch_sampler=self._keys, num_workers=self.workers, pin_memory=self.pin,
-            persistent_workers=self.workers > 0, generator=torch.Generator().manual_seed(self.seed),
+            pure(self._dataset, self.seed), batch_sampler=self._keys, pin_memory=self.pin,
+            num_workers=self.workers, persistent_workers=self.workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
 
 
@@ -138,13 +140,15 @@ def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str
     """A feed over a map-style data set or a data loader.
 
     Raises:
-        DataError: for data without a length, without `__getitem__`, or empty; for a validation loader that leaves samples out.
+        DataError: for data without a length, without `__getitem__`, or empty; for a validation loader that
+            leaves samples out.
     """
     loader = data if isinstance(data, DataLoader) else None
     dataset: Any = data if loader is None else loader.dataset
     if isinstance(dataset, IterableDataset) or not callable(getattr(dataset, "__getitem__", None)):
         raise DataError(
-            f"{what}: {type(dataset).__name__} has no samples by index; pass a map-style data set or a DataLoader over one"
+            f"{what}: {type(dataset).__name__} has no samples by index; "
+            "pass a map-style data set or a DataLoader over one"
         )
     sized: Any = dataset if loader is None else loader.sampler  # a sampler may draw a part of its data set
     try:
@@ -162,8 +166,8 @@ def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str
     )
     if left_out and what == "valid":
         raise DataError(
-            f"valid: the DataLoader would leave out the last {left_out} of {samples} samples, and a validation set is used whole; "
-            "make it with drop_last=False"
+            f"valid: the DataLoader would leave out the last {left_out} of {samples} samples, "
+            "and a validation set is used whole; make it with drop_last=False"
         )
     return Feed(data, samples, seed, workers, pin)
 
@@ -177,7 +181,8 @@ def size_of(batch: Any) -> int:
     first = _first_tensor(batch)
     if first is None:
         raise DataError(
-            f"a batch is a {type(batch).__name__} without a tensor; expected tensors, or lists and dicts of them"
+            f"a batch is a {type(batch).__name__} without a tensor; "
+            "expected tensors, or lists and dicts of them"
         )
     return len(first) if first.ndim else 1
 

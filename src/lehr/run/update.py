@@ -1,7 +1,8 @@
-"""One update: a window of batches becomes one optimizer step. It must not know schedules, epochs or who watches.
+"""One update: a window of batches becomes one optimizer step. It must not know schedules or epochs.
 
-The loss of a window is the mean over its samples, so the last short window, and a short last batch in it, count in full. An fp16
-update that the gradient scale refuses is done again on the same window, from the same random state and buffers, at the smaller scale.
+The loss of a window is the mean over its samples, so the last short window, and a short last batch in it,
+count in full. An fp16 update that the gradient scale refuses is done again on the same window, from the same
+random state and buffers, at the smaller scale.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _MOST_TRIES = 40  # 2**40: from the largest useful scale to below 1
 
 
 class Update:
-    """Does one update of `model` on a window of batches, and returns the window's mean loss, detached, on the device.
+    """Does one update of `model` on a window of batches; returns the mean loss, detached, on the device.
 
     Raises:
-        NonFiniteError: for a loss that is not finite (before the weights are touched, where reading it is free), or an fp16 update
-            refused at every scale.
+        NonFiniteError: for a loss that is not finite (before the weights are touched, where reading it is
+            free), or an fp16 update refused at every scale.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class Update:
             if scaler.get_scale() >= scale:
                 return loss
             undo()
-        what = f"the fp16 gradients overflowed {_MOST_TRIES} times in a row, at every scale down to {scaler.get_scale():g}, and they did so"
+        lowest = f"down to a scale of {scaler.get_scale():g}"
+        what = f"the fp16 gradients overflowed {_MOST_TRIES} times in a row, {lowest},"
         raise NonFiniteError(non_finite(what, step, self._plan))
 
 
@@ -109,18 +111,20 @@ def _undo(model: nn.Module, device: torch.device) -> Callable[[], None]:
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Loss:
-    """The loss of `(inputs, targets)` batches: cross-entropy of `model(inputs)`, shape [N, classes], and class numbers."""
+    """The loss of `(inputs, targets)` batches: cross-entropy of `model(inputs)`, shape [N, classes]."""
 
     def loss(model: nn.Module, batch: Any) -> Mapping[str, torch.Tensor]:
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
             raise RunError(
-                f"a batch is a {type(batch).__name__}, not (inputs, targets); pass loss=, a function of (model, batch)"
+                f"a batch is a {type(batch).__name__}, not (inputs, targets); "
+                "pass loss=, a function of (model, batch)"
             )
         inputs, targets = batch
         outputs = model(inputs)
         if not isinstance(outputs, torch.Tensor):
             raise RunError(
-                f"the model returned a {type(outputs).__name__}, not a tensor; pass loss=, a function of (model, batch)"
+                f"the model returned a {type(outputs).__name__}, not a tensor; "
+                "pass loss=, a function of (model, batch)"
             )
         return {
             "loss": functional.cross_entropy(outputs, targets, label_smoothing=label_smoothing),

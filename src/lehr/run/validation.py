@@ -37,7 +37,8 @@ def validate(
 
     Args:
         loss: as for `fit`; None is plain cross-entropy, without label smoothing.
-        metrics: torchmetrics by name; None means accuracy, where the loss function shows its outputs and class targets.
+        metrics: torchmetrics by name; None means accuracy, where the loss function shows its outputs and
+            class targets.
         tell: is told about ten times a second how far it is.
 
     Raises:
@@ -104,7 +105,8 @@ def _counted(
     if outputs is None or targets is None:
         if metrics:
             raise RunError(
-                "metrics need what the model said: let the loss function return {'loss': ..., 'outputs': ..., 'targets': ...}"
+                "metrics need what the model said: "
+                "let the loss function return {'loss': ..., 'outputs': ..., 'targets': ...}"
             )
         return metrics
     if metrics is None:

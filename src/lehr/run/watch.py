@@ -1,7 +1,7 @@
 """What the loop tells: losses on their way from the device to the observers, and the events of a run.
 
-Losses are read back when a bar would be drawn anew, or when a line of the journal is full, not every step: a read makes a GPU wait.
-This file must not know how an update is made.
+Losses are read back when a bar would be drawn anew, or when a line of the journal is full, not every step: a
+read makes a GPU wait. This file must not know how an update is made.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ REFRESH = 0.1
 class EpochWatch:
     """Counts one epoch: takes each step's loss as it is, on its device, and tells of it in time.
 
-    `train_loss` is the mean over the epoch's samples; `seconds` runs from the making of the watch until it is read. As a context, it
-    tells of the steps that were done also where the epoch breaks off.
+    `train_loss` is the mean over the epoch's samples; `seconds` runs from the making of the watch until it is
+    read. As a context, it tells of the steps that were done also where the epoch breaks off.
     """
 
     def __init__(
@@ -94,7 +94,8 @@ class EpochWatch:
         done = self._told + len(self._losses)
         if done < self.stop:
             raise RunError(
-                f"epoch {self.epoch + 1} gave batches for {done - self.start} steps, not the {self.stop - self.start} planned; "
+                f"epoch {self.epoch + 1} gave batches for {done - self.start} steps, "
+                f"not the {self.stop - self.start} planned; "
                 "a DataLoader must give len(loader) batches in every epoch"
             )
         self._tell(self._progress())
@@ -134,7 +135,8 @@ class EpochWatch:
         done = self._told + len(self._losses)
         rates = self._plan[max(done - 1, self.start)].lr
         return Progressed(
-            step=done, stage=self._stage.index, epoch=self.epoch, epoch_start=self.start, epoch_stop=self.stop,
+            step=done, stage=self._stage.index,
+            epoch=self.epoch, epoch_start=self.start, epoch_stop=self.stop,
             loss=self._sum / max(self._samples, 1), lr=trained_only(rates),
             samples_per_second=self._samples / max(self._clock() - self._began, 1e-9),
         )  # fmt: skip
@@ -148,8 +150,8 @@ def non_finite(what: str, step: int, plan: Plan) -> str:
     if plan.clip_norm == math.inf:
         tries.append("clip_norm = 1.0")
     return (
-        f"{what} at step {step} (stage {stage.index + 1}, {stage.label!r}; rates: {rates}); try {', '.join(tries)}, precision fp32, "
-        "and look at the inputs for NaN"
+        f"{what} at step {step} (stage {stage.index + 1}, {stage.label!r}; rates: {rates}); "
+        f"try {', '.join(tries)}, precision fp32, and look at the inputs for NaN"
     )
 
 
@@ -162,7 +164,8 @@ def trained_only(rates: Mapping[str, float]) -> dict[str, float]:
 def telling(folder: RunFolder | None, observers: Sequence[Observer]) -> Iterator[Tell]:
     """A function that hands events to the journal and to every observer; what stops the run is told as well.
 
-    An observer that raises is warned about once and then left out: observers can change nothing, not even by failing.
+    An observer that raises is warned about once and then left out: observers can change nothing, not even by
+    failing.
     """
     journal = Journal(folder.journal) if folder else None
     listening = list(observers)

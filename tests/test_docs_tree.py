@@ -1,0 +1,176 @@
+"""What the documentation lists is what there is: the tree, the order of imports, keys, names, links."""
+
+from __future__ import annotations
+
+import re
+from configparser import ConfigParser
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomlkit
+from torch import nn
+
+import lehr
+from lehr.data.images import FORMATS
+from lehr.data.transforms import AUGMENTS
+from lehr.recipe import recipe_from
+from lehr.schedules import Schedule
+from lehr.selection import ROLES, ModelFacts, ParameterFacts, select
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
+STAGES = [{"length": "1 epoch", "train": "all", "lr": 1e-3}]
+
+
+def _page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def _section(page: str, heading: str) -> str:
+    """The text below a heading, up to the next heading of its level or above."""
+    level = heading.split(" ")[0]
+    _, _, rest = page.partition(f"\n{heading}\n")
+    assert rest, f"no heading {heading!r}"
+    return re.split(rf"\n#{{1,{len(level)}}} ", rest)[0]
+
+
+def _rows(section: str) -> list[list[str]]:
+    """The cells of the rows of the tables in a section, without header and rule."""
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    rules = [index for index, line in enumerate(lines) if set(line) <= set("|-: ")]
+    skip = {index for rule in rules for index in (rule - 1, rule)}
+    cells = (line.split("|")[1:-1] for index, line in enumerate(lines) if index not in skip)
+    return [[cell.strip() for cell in row] for row in cells]
+
+
+def _code(cell: str) -> str:
+    """What stands between the first backticks of a cell."""
+    return cell.split("`")[1]
+
+
+def _blocks(text: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def _tree(block: str) -> list[str]:
+    """The paths of a drawn tree, folders with a slash at the end."""
+    paths: list[str] = []
+    folders: list[str] = []
+    for line in block.splitlines():
+        drawn = re.match(r"(?P<bars>[│ ]*)[├└]── (?P<name>\S+)", line)
+        if drawn:
+            depth = len(drawn["bars"]) // 4
+            folders = [*folders[:depth], drawn["name"]]
+            paths.append("".join(folders))
+    return paths
+
+
+def test_architecture_has_the_tree_that_is_there() -> None:
+    """The tree in ARCHITECTURE.md names every file and folder of the package, and no other."""
+    block = next(block for block in _blocks(_page("ARCHITECTURE.md"), "") if block.startswith("src/lehr/"))
+    package = ROOT / "src" / "lehr"
+    there = {
+        path.relative_to(package).as_posix() + "/" * path.is_dir()
+        for path in package.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+    drawn = _tree(block)
+    assert sorted(drawn) == sorted(there)
+
+
+def test_architecture_has_the_contract_of_imports() -> None:
+    """The order of imports in ARCHITECTURE.md is the one that import-linter checks."""
+    contracts = ConfigParser()
+    contracts.read(ROOT / ".importlinter")
+    layers = contracts["importlinter:contract:layers"]["layers"].replace("lehr.", "").split("\n")
+    assert [line for line in layers if line] == _blocks(
+        _section(_page("ARCHITECTURE.md"), "## Imports go one way"), ""
+    )[0].splitlines()
+
+
+@pytest.mark.parametrize(
+    ("heading", "cls"), [("## Recipe keys", lehr.Recipe), ("## Stage keys", lehr.Stage)], ids=str
+)
+def test_recipe_page_has_every_key(heading: str, cls: type) -> None:
+    """docs/recipe.md has one row for each field of Recipe and Stage, in their order, and no other."""
+    rows = _rows(_section(_page("docs/recipe.md"), heading))
+    assert [_code(row[0]) for row in rows] == [f.name for f in fields(cls)]
+
+
+def test_recipe_page_has_the_defaults() -> None:
+    """Every default in the table of recipe keys is the one that Recipe has; one in words stands for None."""
+    written = {_code(row[0]): row[3] for row in _rows(_section(_page("docs/recipe.md"), "## Recipe keys"))}
+    for field in fields(lehr.Recipe):
+        cell = written[field.name]
+        if field.default is MISSING:
+            assert not cell
+        elif "`" not in cell:
+            assert cell
+            assert field.default is None
+        else:
+            assert _plain(field.default) == tomlkit.parse(f"x = {_code(cell)}").unwrap()["x"]
+
+
+def _plain(default: Any) -> Any:
+    """A default in the form that TOML has."""
+    if isinstance(default, tuple):
+        return list(default)
+    return str(default) if isinstance(default, Schedule) else default
+
+
+def test_recipe_page_examples_are_understood() -> None:
+    """Every example in the tables of keys is a value that a recipe or a stage takes."""
+    page = _page("docs/recipe.md")
+    for row in _rows(_section(page, "## Recipe keys"))[1:]:
+        recipe_from({"stages": STAGES, _code(row[0]): _value(_code(row[4]))})
+    for row in _rows(_section(page, "## Stage keys")):
+        for example in re.findall("`([^`]+)`", row[4]):
+            recipe_from({"stages": [{**STAGES[0], _code(row[0]): _value(example)}]})
+
+
+def _value(written: str) -> Any:
+    return tomlkit.parse(f"x = {written}").unwrap()["x"]
+
+
+def test_recipe_page_optimizers_can_be_made() -> None:
+    """Every line in the table of optimizers makes an optimizer with the settings that it says."""
+    net = nn.Linear(4, 2)
+    rows = _rows(_section(_page("docs/recipe.md"), "## Optimizers"))
+    assert len(rows) >= 5
+    for row in rows:
+        recipe = recipe_from({"stages": STAGES, **tomlkit.parse(_code(row[0])).unwrap()})
+        made = lehr.optimizer(lehr.plan(recipe, net, samples=32), net)
+        assert type(made).__name__.lower() == recipe.optimizer_name
+        for key, value in recipe.optimizer_settings.items():
+            assert made.defaults[key] == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_recipe_page_has_every_role() -> None:
+    """The table of patterns has every role, and each of its patterns finds something in a model."""
+    names = ["layer4.weight", "blocks.9.attn.weight", "blocks.10.attn.weight", "blocks.10.bias", "fc.weight"]
+    parameters = [ParameterFacts(name, (2,), bias=name.endswith("bias")) for name in names]
+    parameters.append(ParameterFacts("norm.weight", (2,), norm=True))
+    facts = ModelFacts("net", tuple(parameters), head=("fc",), blocks=(("blocks.9",), ("blocks.10",)))
+    rows = _rows(_section(_page("docs/recipe.md"), "## Patterns and roles"))
+    patterns = [pattern for row in rows for pattern in re.findall('`"([^"]+)"`', row[0])]
+    assert {*ROLES, "last 2 blocks"} <= set(patterns)
+    assert all(select(pattern, facts).names for pattern in patterns)
+
+
+def test_data_page_has_every_augmentation_and_format() -> None:
+    """docs/data.md has a row for each augmentation and no other, and names every format that is read."""
+    page = _page("docs/data.md")
+    names = [_code(row[0]) for row in _rows(_section(page, "## Augmentation"))]
+    assert sorted(names) == sorted(AUGMENTS)
+    assert all(name in _section(page, "## How images are read") for name in FORMATS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every link to a file of the repository leads to one that is there."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
