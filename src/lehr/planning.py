@@ -261,7 +261,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, *, samples: int, batches: int | N
         first_epoch = stages[-1].first_epoch + stages[-1].epochs if stages else 0
         first_of = {group: setting.by_parameter.get(names[0], (0.0, 0.0)) for group, names in groups.items()}
         planned = PlannedStage(
-            index=index, label=" + ".join(stage.train), start=start, stop=start + length, first_epoch=first_epoch,
+            index=index, label=_label(stage.train), start=start, stop=start + length, first_epoch=first_epoch,
             steps_per_epoch=steps_per_epoch, batch_size=batch_size, accumulate=accumulate,
             schedule=stage.schedule or recipe.schedule,
             peak_lr={group: rate for group, (rate, _) in first_of.items()},
@@ -377,9 +377,20 @@ def _groups(
     return groups
 
 
+def _label(patterns: Sequence[str]) -> str:
+    """What a stage trains, in a few words.
+
+    >>> _label(["head", "layer4", "!norm"])
+    'head + layer4 but norm'
+    """
+    left_out = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
+    named = " + ".join(pattern for pattern in patterns if not pattern.startswith("!"))
+    return f"{named} but {' + '.join(left_out)}" if left_out else named
+
+
 def _words(recipe: Recipe, facts: ModelFacts) -> dict[str, frozenset[str]]:
     """The patterns that the recipe uses and the roles that the model has, each with what it means."""
-    said = [p for s in recipe.stages if isinstance(s.lr, Mapping) for p in s.lr] + [p for s in recipe.stages for p in s.train]
+    said = [p for s in recipe.stages if isinstance(s.lr, Mapping) for p in s.lr] + [p for s in recipe.stages for p in s.train if not p.startswith("!")]
     every = frozenset(p.name for p in facts.parameters)
     words = {word: frozenset(select(word, facts).names) for word in dict.fromkeys(said)}
     if facts.head:

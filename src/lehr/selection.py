@@ -92,14 +92,14 @@ class Selection:
 
 
 def select(patterns: str | Sequence[str], facts: ModelFacts, *, where: str = "selection") -> Selection:
-    """The parameters that `patterns` mean: the union, each once, in the model's order.
+    """The parameters that `patterns` mean: the union, each once, in the model's order; `"!norm"` takes away again.
 
     A pattern is a role (`"head"`, `"backbone"`, `"norm"`, `"bias"`, `"all"`, `"last 2 blocks"`), a module path or a parameter name
     (`"layer4"`, `"fc.weight"`), or a glob over either (`"blocks.1?.*"`; `*` crosses dots). A role wins over a module of the
     same name: write `"norm.*"` for a module called `norm`. `"all"` leaves out what was frozen by hand; every other pattern names it.
 
     Raises:
-        SelectionError: for a pattern that matches nothing, with the nearest names.
+        SelectionError: for a pattern that matches nothing, with the nearest names, and where nothing is left.
 
     Example:
         >>> facts = ModelFacts("net", (ParameterFacts("body.weight", (4, 4)), ParameterFacts("fc.weight", (2, 4))), head=("fc",))
@@ -107,12 +107,17 @@ def select(patterns: str | Sequence[str], facts: ModelFacts, *, where: str = "se
         ('fc.weight',)
         >>> select("bod?", facts).names
         ('body.weight',)
+        >>> select(["all", "!head"], facts).names
+        ('body.weight',)
     """
     listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     if not listed:
         raise SelectionError(f'{where}: an empty list selects nothing; name what to train, for example "head" or "all"')
-    by_pattern = {pattern: _match(pattern, facts, where) for pattern in listed}
-    chosen = {name for names in by_pattern.values() for name in names}
+    by_pattern = {pattern: _match(_positive(pattern), facts, where) for pattern in listed}
+    chosen = {name for pattern, names in by_pattern.items() if pattern == _positive(pattern) for name in names}
+    chosen -= {name for pattern, names in by_pattern.items() if pattern != _positive(pattern) for name in names}
+    if not chosen:
+        raise SelectionError(f'{where}: {list(listed)} leaves nothing; name what to keep as well, as in ["all", "!norm"]')
     return Selection(listed, tuple(p.name for p in facts.parameters if p.name in chosen), by_pattern)
 
 
@@ -145,6 +150,11 @@ def partition(patterns: Sequence[str], names: Iterable[str], facts: ModelFacts, 
             'add a pattern that names it, for example "backbone"'
         )
     return owner
+
+
+def _positive(pattern: str) -> str:
+    """A pattern without the mark of one that takes away."""
+    return pattern.removeprefix("!") if isinstance(pattern, str) else pattern
 
 
 def _match(pattern: str, facts: ModelFacts, where: str) -> tuple[str, ...]:
