@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from lehr import schedules as s
+from lehr.curves import Schedule
 from lehr.duration import Duration
 from lehr.recipe import Recipe, Stage
-from lehr.schedules import Schedule
 from lehr.selection import ModelFacts, ParameterFacts
 
 settings.register_profile("lehr", deadline=None)  # a busy machine is no failure

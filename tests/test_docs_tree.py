@@ -13,10 +13,10 @@ import tomlkit
 from torch import nn
 
 import lehr
+from lehr.curves import Schedule
 from lehr.data.images import FORMATS
 from lehr.data.transforms import AUGMENTS
 from lehr.recipe import recipe_from
-from lehr.schedules import Schedule
 from lehr.selection import ROLES, ModelFacts, ParameterFacts, select
 
 ROOT = Path(__file__).parent.parent

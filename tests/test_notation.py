@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lehr import schedules
+from lehr.curves import Schedule
 from lehr.errors import ScheduleError
 from lehr.notation import CONSTRUCTORS, read_schedule
-from lehr.schedules import Schedule, cosine, hold, linear, one_cycle, restarts, step_decay, warmup
+from lehr.schedules import cosine, hold, linear, one_cycle, restarts, step_decay, warmup
 from strategies import joins
 
 

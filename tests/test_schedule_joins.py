@@ -12,18 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from closed_forms import EXACT, sgdr
+from lehr.curves import Curve, Schedule
 from lehr.duration import Duration
 from lehr.errors import ScheduleError
-from lehr.schedules import (
-    Curve,
-    Schedule,
-    constant,
-    cosine,
-    hold,
-    linear,
-    restarts,
-    warmup,
-)
+from lehr.notation import read_schedule
+from lehr.schedules import constant, cosine, hold, linear, restarts, warmup
 from strategies import joins, percents, shapes, shares, warmups
 
 
@@ -85,7 +78,7 @@ def test_random_joins(schedule: Schedule, steps: int, steps_per_epoch: int) -> N
     for segment in curve.segments:
         alone = segment.part.shape.values(np.arange(segment.n, dtype=float), segment.n, segment._unit)
         assert np.array_equal(values[segment.start : segment.stop], alone)
-    again = Schedule.parse(str(schedule))
+    again = read_schedule(str(schedule))
     assert again == schedule
     assert np.array_equal(again.over(steps=steps, steps_per_epoch=steps_per_epoch)(t), values)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lehr.errors import DurationError, ScheduleError
+from lehr.notation import read_schedule
 from lehr.schedules import (
-    Schedule,
     cosine,
     exponential,
     hold,
@@ -130,7 +130,7 @@ def test_equal_numbers_print_equally() -> None:
     """2 and 2.0 are equal, so they print alike; a numpy float prints as Python's."""
     assert str(polynomial(2.0)) == str(polynomial(2)) == "polynomial(power=2)"
     assert str(cosine(np.float64(0.1))) == "cosine(floor=0.1)"
-    assert Schedule.parse(str(exponential(np.float64(0.1)))) == exponential(0.1)
+    assert read_schedule(str(exponential(np.float64(0.1)))) == exponential(0.1)
 
 
 def test_readable() -> None:

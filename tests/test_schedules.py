@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from closed_forms import EXACT, sgdr
+from lehr.curves import Schedule
+from lehr.notation import read_schedule
 from lehr.schedules import (
-    Schedule,
     constant,
     cosine,
     exponential,
@@ -117,7 +118,7 @@ def test_golden_numbers(path: Path) -> None:
     """
     said, over, *rows = path.read_text().splitlines()
     steps, steps_per_epoch = (int(word) for word in over.split()[1::2])
-    curve = Schedule.parse(said).over(steps=steps, steps_per_epoch=steps_per_epoch)
+    curve = read_schedule(said).over(steps=steps, steps_per_epoch=steps_per_epoch)
     golden = {int(step): float(value) for step, value in (row.split() for row in rows)}
     assert len(golden) >= 5
     for step, value in golden.items():
@@ -173,7 +174,7 @@ class TestContract:
         """Its text is what one would type: it reads back equal, with an equal hash, and prints the same
         again.
         """
-        again = Schedule.parse(str(schedule))
+        again = read_schedule(str(schedule))
         assert again == schedule
         assert hash(again) == hash(schedule)
         assert str(again) == str(schedule) == repr(schedule)

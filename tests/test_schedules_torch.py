@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as torch_lr
 
+from lehr.curves import Schedule
 from lehr.schedules import (
-    Schedule,
     constant,
     cosine,
     exponential,

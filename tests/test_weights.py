@@ -39,7 +39,9 @@ def test_every_ending_is_read(suffix: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("keys", [["state_dict"], ["model"], ["model_state_dict"], ["checkpoint", "net"], ["module"]])
+@pytest.mark.parametrize(
+    "keys", [["state_dict"], ["model"], ["model_state_dict"], ["checkpoint", "net"], ["module"]]
+)
 def test_wrappers_are_taken_off(keys: list[str], tmp_path: Path) -> None:
     """A state_dict is found inside the usual wrappers, beside numbers and optimizer states."""
     state = net().state_dict()
@@ -87,7 +89,9 @@ def test_a_stranger_is_refused_and_changes_nothing() -> None:
     model = net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     strange = {"encoder.layer.0.weight": torch.zeros(8, 8), "head.weight": torch.zeros(3, 4)}
-    with pytest.raises(WeightsError, match=r"here: nothing of the model's backbone is in it.*stem\.0\.weight.*encoder"):
+    with pytest.raises(
+        WeightsError, match=r"here: nothing of the model's backbone is in it.*stem\.0\.weight.*encoder"
+    ):
         load_weights(model, strange, head=("head",), where="here")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
@@ -95,7 +99,9 @@ def test_a_stranger_is_refused_and_changes_nothing() -> None:
 def test_a_file_of_other_shapes_says_which() -> None:
     """A file with the model's names and other sizes is refused with both shapes of one tensor."""
     state = {name: torch.zeros(2, *t.shape) for name, t in net().state_dict().items()}
-    with pytest.raises(WeightsError, match=r"stem\.0\.weight' \(4, 1, 3, 3\) \(\(2, 4, 1, 3, 3\) in the file\)"):
+    with pytest.raises(
+        WeightsError, match=r"stem\.0\.weight' \(4, 1, 3, 3\) \(\(2, 4, 1, 3, 3\) in the file\)"
+    ):
         load_weights(net(), state, head=("head",))
 
 

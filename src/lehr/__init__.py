@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
     from lehr.duration import Duration
     from lehr.errors import (
-        DataError, LehrError, ModelError, NonFiniteError, RecipeError, RequestError, RunError, SelectionError, WeightsError,
+        DataError,
+        LehrError,
+        ModelError,
+        NonFiniteError,
+        RecipeError,
+        RequestError,
+        RunError,
+        SelectionError,
+        WeightsError,
     )  # fmt: skip
     from lehr.planning import Plan, Step
     from lehr.recipe import Recipe, Stage, load_recipe
@@ -28,7 +36,16 @@ if TYPE_CHECKING:
     from lehr.run.optimizer import apply, optimizer, torch_scheduler
     from lehr.run.reload import load
     from lehr.schedules import (
-        constant, cosine, exponential, hold, linear, one_cycle, polynomial, restarts, step_decay, warmup,
+        constant,
+        cosine,
+        exponential,
+        hold,
+        linear,
+        one_cycle,
+        polynomial,
+        restarts,
+        step_decay,
+        warmup,
     )  # fmt: skip
     from lehr.selection import ModelFacts
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lehr import schedules
+from lehr.curves import Schedule
 from lehr.errors import ScheduleError, nearest
-from lehr.schedules import Schedule
 
 CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {
     f.__name__: f
@@ -84,7 +84,9 @@ def _schedule(node: ast.expr, where: str) -> Schedule:
         args = tuple(_value(arg, where) for arg in node.args)
         keywords = {str(k.arg): _value(k.value, where) for k in node.keywords}
         return _call(node.func.id, args, keywords, where)
-    raise ScheduleError(f'{where}: {ast.unparse(node)!r} is not a schedule; expected a call such as cosine() or warmup("5%")')
+    raise ScheduleError(
+        f'{where}: {ast.unparse(node)!r} is not a schedule; expected a call such as cosine() or warmup("5%")'
+    )
 
 
 def _value(node: ast.expr, where: str) -> object:
@@ -93,12 +95,16 @@ def _value(node: ast.expr, where: str) -> object:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
-        raise ScheduleError(f"{where}: {ast.unparse(node)!r} is neither a number, a text, a list nor a schedule") from None
+        raise ScheduleError(
+            f"{where}: {ast.unparse(node)!r} is neither a number, a text, a list nor a schedule"
+        ) from None
 
 
 def _call(name: str, args: tuple[object, ...], keywords: dict[str, Any], where: str) -> Schedule:
     if name not in CONSTRUCTORS:
-        raise ScheduleError(f"{where}: no schedule is called {name!r}{nearest(name, CONSTRUCTORS)} Known: {', '.join(CONSTRUCTORS)}")
+        raise ScheduleError(
+            f"{where}: no schedule is called {name!r}{nearest(name, CONSTRUCTORS)} Known: {', '.join(CONSTRUCTORS)}"
+        )
     signature = inspect.signature(CONSTRUCTORS[name])
     for key in keywords:
         if key not in signature.parameters:

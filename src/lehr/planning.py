@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from lehr import plan_json
+from lehr.curves import Curve, Schedule
 from lehr.duration import Duration
 from lehr.errors import RecipeError, SelectionError, nearest
+from lehr.notation import read_schedule
 from lehr.plan_text import plan_text
 from lehr.recipe import Recipe, Stage
-from lehr.schedules import Curve, Schedule
 from lehr.selection import ModelFacts, partition, select
 from lehr.shapes import Array
 
@@ -181,7 +182,7 @@ class Plan:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
         """The plan that `to_dict` gave."""
-        stages = tuple(PlannedStage(**{**s, "schedule": Schedule.parse(s["schedule"])}) for s in plain["stages"])
+        stages = tuple(PlannedStage(**{**s, "schedule": read_schedule(s["schedule"])}) for s in plain["stages"])
         groups = {group: tuple(names) for group, names in plain["groups"].items()}
         return cls(**{**plain, "stages": stages, "groups": groups, "notes": tuple(plain["notes"])})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, fields
+from dataclasses import KW_ONLY, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,10 +17,11 @@ from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdap
 from pydantic.dataclasses import dataclass
 from tomlkit.exceptions import TOMLKitError
 
+from lehr.curves import Schedule
 from lehr.duration import Duration
 from lehr.errors import RecipeError, nearest
 from lehr.notation import read_schedule
-from lehr.schedules import Schedule, cosine, warmup
+from lehr.schedules import cosine, warmup
 
 LrRule = Literal["fixed", "linear"]
 _T = TypeVar("_T")

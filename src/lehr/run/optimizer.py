@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lehr.curves import Curve
 from lehr.errors import ModelError, RecipeError, nearest
 from lehr.planning import Plan, Step
 from lehr.run.facts import named
 from lehr.run.freezing import set_trainable
-from lehr.schedules import Curve
 
 _NEEDS_CLOSURE = ("lbfgs",)
 
