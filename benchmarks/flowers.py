@@ -65,7 +65,8 @@ def main() -> int:
     page = _page(found, asked, split)
     print(page)
     if asked.save:
-        out = HERE / "results" / "flowers.json"
+        part = "" if set(asked.only) == set(WHO) else "-" + "-".join(asked.only)
+        out = HERE / "results" / f"flowers{part}.json"
         out.parent.mkdir(exist_ok=True)
         record = {"command": _command(), "versions": _versions(), "split": _hash(split), "found": found}
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -94,7 +95,7 @@ def _arguments() -> argparse.Namespace:
     add("--thaw-lr", type=_rates, default=(1e-3, 3e-4), help="its HEAD,BACKBONE in the second stage")
     add("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="passed on to lehr")
     add("--threads", type=int, default=1, help="torch threads (default 1)")
-    add("--save", action="store_true", help="write benchmarks/results/flowers.json and flowers.md")
+    add("--save", action="store_true", help="write benchmarks/results/flowers[-WHO].json and .md")
     asked = parser.parse_args()
     if len(asked.epochs) != 2 or len(asked.thaw_lr) != 2:
         parser.error("--epochs and --thaw-lr take two numbers with a comma, for example --epochs 5,8")

@@ -102,10 +102,13 @@ def plan(
         >>> plan(Recipe([Stage("2 epochs", train="all", lr=0.1)]), nn.Linear(4, 2), samples=320).total_steps
         20
     """
+    from lehr.errors import RequestError
     from lehr.planning import resolve
     from lehr.selection import ModelFacts
 
     if isinstance(model, ModelFacts):
+        if head is not None:
+            raise RequestError("head: the facts say already what the head is; give it to lehr.inspect instead")
         return resolve(recipe, model, samples=samples, batches=batches)
     from lehr.run.facts import inspect
 

@@ -91,9 +91,14 @@ def _stages(facts: ModelFacts, samples: int, batch: int, pretrained: bool) -> li
         # A new head starts from noise; backwards through it, a thawed backbone would be spoilt first. About
         # 500 steps bring a linear head within reach of its optimum; a few epochs do where there is much data.
         Stage(_epochs(500, steps_per_epoch, 4, 30), train="head", lr=3e-3),
-        # The backbone is only adjusted: a tenth of the head's rate, after a warm-up for Adam's moments.
-        Stage(_epochs(800, steps_per_epoch, 6, 40), train="all", lr={"head": 1e-3, "backbone": 1e-4}),
+        # The backbone is only adjusted, after a warm-up for Adam's moments. Its norms stay as they were
+        # pretrained: batches of this size are too small for their statistics, and Adam moves scales too far.
+        Stage(_epochs(800, steps_per_epoch, 6, 40), train=_gently(facts), lr={"head": 1e-3, "backbone": 3e-4}),
     ]
+
+
+def _gently(facts: ModelFacts) -> tuple[str, ...]:
+    return ("all", "!norm") if any(p.norm for p in facts.parameters) else ("all",)
 
 
 def _batch(samples: int) -> int:

@@ -161,7 +161,8 @@ class Note:
 class RunEnded:
     """The run is done.
 
-    `reason` is that of the last `StageEnded`; `metrics` are those of the weights that the run leaves.
+    `reason` is that of the last `StageEnded`; `metrics` are those of the best epoch, of the last one where
+    none was the best.
     """
 
     step: int

@@ -93,6 +93,7 @@ def _rest(plan: Plan) -> str:
         f"gradients clipped at norm {plan.clip_norm:g}" if plan.clip_norm != float("inf") else "",
         f"moving average of the weights, decay {plan.ema:g}" if plan.ema else "",
         f"label smoothing {plan.label_smoothing:g}" if plan.label_smoothing else "",
+        f"training images changed at random: {', '.join(plan.augment)}" if plan.augment else "",
         f"best by {plan.monitor}"
         if any(s.restore_best for s in plan.stages) or plan.patience != float("inf")
         else "",

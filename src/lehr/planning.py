@@ -113,6 +113,7 @@ class Plan:
     seed: int
     monitor: str
     patience: float
+    augment: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -184,7 +185,7 @@ class Plan:
         """The plan that `to_dict` gave."""
         stages = tuple(PlannedStage(**{**s, "schedule": read_schedule(s["schedule"])}) for s in plain["stages"])
         groups = {group: tuple(names) for group, names in plain["groups"].items()}
-        return cls(**{**plain, "stages": stages, "groups": groups, "notes": tuple(plain["notes"])})
+        return cls(**{**plain, "stages": stages, "groups": groups, "augment": tuple(plain["augment"]), "notes": tuple(plain["notes"])})
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, with its hash."""
@@ -223,6 +224,8 @@ class Plan:
                 for group, peak in stage.peak_lr.items()
             }
         return self._rate_arrays[stage.index]
+
+_FOLLOWS_LATE = {"rprop": "at its first step only, so no schedule moves it", "asgd": "one step late"}
 
 
 def batches_in(samples: int, batch_size: int) -> int:
@@ -281,6 +284,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, *, samples: int, batches: int | N
         clip_norm=math.inf if recipe.clip_norm is None else recipe.clip_norm, ema=recipe.ema or 0.0,
         label_smoothing=recipe.label_smoothing, seed=recipe.seed, monitor=recipe.monitor,
         patience=math.inf if recipe.patience is None else float(Duration.parse(recipe.patience).amount),
+        augment=tuple(recipe.augment or ()),
         notes=_notes(recipe, facts, stages, groups, samples if batches is None else 0),
     )  # fmt: skip
 
@@ -425,6 +429,8 @@ def _notes(
             notes.append(f"stage {stage.index + 1}: the last of {samples} samples joins the batch before it (a batch of one has no statistics)")
         if stage.steps < stage.steps_per_epoch:
             notes.append(f"stage {stage.index + 1} ends after {stage.steps} of the {stage.steps_per_epoch} steps of an epoch")
+    if recipe.optimizer_name.lower() in _FOLLOWS_LATE:
+        notes.append(f"{recipe.optimizer_name} looks at the rate {_FOLLOWS_LATE[recipe.optimizer_name.lower()]}")
     if facts.layers == 1 and (recipe.layer_decay < 1 or any((s.layer_decay or 1) < 1 for s in recipe.stages)):
         notes.append("layer_decay has no effect: the order of this model's layers was not recognised")
     return tuple(notes)

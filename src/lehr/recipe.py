@@ -170,7 +170,7 @@ class Recipe:
         seed: of the order of the data, the augmentation, dropout and a new head.
         monitor: what "best" means: a metric by name such as `"valid_loss"` or `"valid_accuracy"`.
         patience: stop after so many epochs of the last stage without a new best, `"3 epochs"`; None does not stop early.
-        augment: names of random transforms for image data (see `lehr.data`), in order; None takes the data's default.
+        augment: names of random changes for images that lehr reads (see `lehr.data`); refused with a data set of your own.
 
     Example:
         >>> Recipe(stages=[Stage("1 epoch", train="all", lr=1e-3)]).optimizer
@@ -191,7 +191,7 @@ class Recipe:
     clip_norm: Positive | None = None
     ema: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
     label_smoothing: Share = 0.0
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     monitor: Annotated[str, Field(min_length=1, strict=True)] = "valid_loss"
     patience: Epochs | None = None
     restore_best: Annotated[bool, Field(strict=True)] = False

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from lehr._version import __version__
+from lehr.data.datasets import ImageSamples
 from lehr.errors import RecipeError, RequestError, nearest
-from lehr.journal import EpochEnded, Observer, RunEnded, RunStarted, StageEnded, StageStarted
+from lehr.journal import EpochEnded, Note, Observer, RunEnded, RunStarted, StageEnded, StageStarted
 from lehr.planning import Plan, PlannedStage, resolve
 from lehr.recipe import Recipe
 from lehr.run.best import Best
@@ -25,7 +26,7 @@ from lehr.run.ema import Ema
 from lehr.run.facts import inspect, unwrap
 from lehr.run.folder import RunFolder
 from lehr.run.optimizer import apply, optimizer
-from lehr.run.precision import Arithmetic, arithmetic
+from lehr.run.precision import Arithmetic, arithmetic, channels_last_pays
 from lehr.run.sampler import Feed, feed, samples_in
 from lehr.run.update import Loss, Update, cross_entropy
 from lehr.run.validation import Metrics, validate
@@ -63,6 +64,10 @@ def fit(
 ) -> Result:
     """Train `model` in place as `recipe` says, stage by stage, and return what came of it.
 
+    Afterwards the model has the weights of the last step, or the best ones where the last stage has
+    `restore_best`; what the last stage froze stays frozen (`lehr.thaw` frees it). Global random states are
+    seeded with the recipe's seed.
+
     Args:
         model: any `nn.Module`; a compiled one, too.
         train: a map-style data set of samples, or a `DataLoader` (which then decides batches and order).
@@ -98,9 +103,13 @@ def fit(
     )
     plan = resolve(recipe, inspect(model), samples=training.samples, batches=training.batches)
     _check(plan, training, validation, metrics)
+    _check_unused(recipe, training, loss)
 
     torch.manual_seed(plan.seed)
     model.to(on.device)
+    channels_last = channels_last_pays(model, on)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
     torch_optimizer = optimizer(plan, model)
     update = Update(model, torch_optimizer, loss or cross_entropy(plan.label_smoothing), plan=plan, on=on)
     average = Ema(model, plan.ema) if plan.ema else None
@@ -115,6 +124,8 @@ def fit(
 
     with telling(folder, observers) as tell:
         tell(_run_started(plan, training, validation, on))
+        if channels_last:
+            tell(Note("convolution weights are laid out channels-last, which is faster for this model here"))
         for stage in plan.stages:
             tell(_stage_started(plan, stage))
             best.begin_stage(stage.first_epoch)
@@ -186,6 +197,20 @@ def _check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics
                 f"the DataLoader makes batches of {size}; "
                 f"say batch_size={size} in the recipe, or pass the data set and let lehr make the batches"
             )
+
+
+def _check_unused(recipe: Recipe, training: Feed, loss: Loss | None) -> None:
+    """Refuse what a recipe says and nothing would follow."""
+    if recipe.augment is not None and not isinstance(training.source, ImageSamples):
+        raise RecipeError(
+            f"augment: {list(recipe.augment)} is for the images that lehr reads; "
+            "your own data set changes its samples itself, so leave augment out"
+        )
+    if loss is not None and recipe.label_smoothing:
+        raise RecipeError(
+            f"label_smoothing: {recipe.label_smoothing} is for the built-in cross-entropy; "
+            "leave it out, and smooth in your own loss"
+        )
 
 
 def _run_started(plan: Plan, training: Feed, validation: Feed | None, on: Arithmetic) -> RunStarted:

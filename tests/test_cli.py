@@ -1,0 +1,471 @@
+"""The command line, as a person meets it: what is printed where, what is written, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from lehr.__main__ import main
+from lehr.errors import DataError
+from lehr.planning import Plan
+from lehr.recipe import load_recipe
+from lehr.run import weights
+from lehr.run.update import Update
+
+SHORT = ("--set", "stages.0.length=1 epochs", "--set", "stages.1.length=1 epochs")
+QUICK = ("digits", "--no-scratch", *SHORT)
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> str:
+        return self.err.splitlines()[-1]
+
+
+Lehr = Callable[..., Said]
+
+
+@pytest.fixture
+def lehr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Lehr]:
+    """Runs a command in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LEHR_TRACEBACK", raising=False)
+
+    def run(*arguments: str) -> Said:
+        capsys.readouterr()
+        try:
+            main(arguments)
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    yield run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the built-in digits."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("cli") / "a run"
+    main(["fit", *QUICK, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with three images in two folders, one of them broken, and other files."""
+    folder = tmp_path / "images"
+    (folder / "more" / ".hidden").mkdir(parents=True)
+    for name in ("a.png", "more/é.JPG", "more/.hidden/c.png"):
+        Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(folder / name)
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    (folder / "notes.txt").write_text("notes", encoding="utf-8")
+    return folder
+
+
+def journal(folder: Path) -> list[str]:
+    return [json.loads(line)["event"] for line in (folder / "journal.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_help_needs_no_torch() -> None:
+    """`lehr --help` lists the commands without loading anything slow."""
+    program = "import sys\nfrom lehr.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    heavy = "print(sorted({'torch', 'numpy', 'matplotlib', 'pydantic', 'timm'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program + heavy], capture_output=True, text=True, check=True)
+    assert all(f"\n  {command} " in done.stdout for command in ("fit", "init", "plan", "predict"))
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["fit", "plan", "init", "predict"])
+def test_every_command_has_help(command: str, lehr: Lehr) -> None:
+    """Each command explains itself on standard output and ends well."""
+    said = lehr(command, "--help")
+    assert said.code == 0 and "Usage: lehr" in said.out and not said.err
+
+
+def test_a_plan_is_a_page_and_trains_nothing(lehr: Lehr, tmp_path: Path) -> None:
+    """`lehr plan` prints the page and what to do next, and writes nothing."""
+    said = lehr("plan", "digits", "--set", "seed=3")
+    assert said.code == 0
+    for words in (
+        "lehr plan: digits_net",
+        "Stages",
+        "Groups",
+        "Schedules",
+        "seed 3",
+        "- data: ",
+        "- weights: ",
+    ):
+        assert words in said.out
+    assert said.err == "next: lehr fit digits --set seed=3\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_as_json_is_the_plan(lehr: Lehr, tmp_path: Path) -> None:
+    """`lehr plan --json` prints nothing but a plan that reads back, the one that `lehr fit` would follow."""
+    said = lehr("plan", "digits", "--json", *SHORT)
+    (tmp_path / "plan.json").write_text(said.out, encoding="utf-8")
+    lehr("fit", *QUICK, "--out", "run")
+    assert Plan.load(tmp_path / "plan.json").hash == Plan.load(tmp_path / "run" / "plan.json").hash
+
+
+def test_a_plan_can_be_drawn(lehr: Lehr, tmp_path: Path) -> None:
+    """`--png FILE` draws the plan as well."""
+    said = lehr("plan", "digits", "--png", "plan.png")
+    assert "drew plan.png" in said.err and said.out
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_init_writes_what_fit_would_do(lehr: Lehr, tmp_path: Path) -> None:
+    """The recipe of `lehr init` gives the same plan as no recipe, settings included; nothing is overwritten."""
+    said = lehr("init", "digits", "--set", "batch_size=8", "--out", "my recipe.toml")
+    assert said.err == "wrote my recipe.toml\nnext: lehr plan digits --recipe 'my recipe.toml'\n"
+    assert load_recipe(tmp_path / "my recipe.toml").batch_size == 8
+    plans = [
+        json.loads(lehr("plan", "digits", "--json", *more).out)["hash"]
+        for more in (("--recipe", "my recipe.toml"), ("--set", "batch_size=8"))
+    ]
+    assert plans[0] == plans[1]
+    before = (tmp_path / "my recipe.toml").read_bytes()
+    again = lehr("init", "digits", "--out", "my recipe.toml")
+    assert again.code == 2 and "exists already, and nothing is overwritten" in again.last
+    assert (tmp_path / "my recipe.toml").read_bytes() == before
+
+
+def test_init_names_a_place_that_cannot_be_written(lehr: Lehr) -> None:
+    """A recipe that cannot be written is a wrong request."""
+    said = lehr("init", "digits", "--out", "no/recipe.toml")
+    assert said.code == 2 and "no/recipe.toml: cannot be written" in said.last
+
+
+def test_fit_writes_a_whole_run(run: Path) -> None:
+    """A run holds recipe, plan, picture, environment, journal, weights, card and listing, and nothing half written."""
+    names = {p.name for p in run.iterdir()}
+    assert names == {
+        "best.safetensors", "data.json", "environment.json", "journal.jsonl", "model.json", "plan.json", "plan.png",
+        "recipe.toml",
+    }  # fmt: skip
+    assert journal(run)[0] == "run_started" and journal(run)[-1] == "run_ended"
+    assert load_recipe(run / "recipe.toml").augment == ("shift",)
+
+
+def test_fit_takes_the_next_free_name_and_overwrites_nothing(lehr: Lehr, tmp_path: Path) -> None:
+    """Runs are numbered; a directory that holds one is refused and stays as it is."""
+    for number in (1, 2):
+        said = lehr("fit", *QUICK)
+        assert said.code == 0 and said.last == f"next: lehr predict runs/digits-digits_net-{number} IMAGE..."
+    assert not said.out
+    before = (tmp_path / "runs/digits-digits_net-1/journal.jsonl").read_bytes()
+    again = lehr("fit", *QUICK, "--out", "runs/digits-digits_net-1")
+    assert again.code == 2 and "holds a run already" in again.last
+    assert (tmp_path / "runs/digits-digits_net-1/journal.jsonl").read_bytes() == before
+
+
+def test_fit_compares_with_the_same_network_from_scratch(lehr: Lehr) -> None:
+    """With `--scratch` the same network is trained from nothing for as many updates, and the difference is said."""
+    said = lehr("fit", "digits", *SHORT, "--scratch", "--tensorboard", "--out", "run")
+    assert said.code == 0, said.err
+    assert "the same network from scratch, as many updates (12):" in said.err
+    assert said.err.count("12 steps") == 4  # both runs say it at the start and at the end
+    assert "valid_accuracy: fine-tuned 0." in said.err and "fine-tuning is " in said.err
+    assert len(list(Path("run/tensorboard").glob("events*"))) == 1
+
+
+def test_a_folder_of_images_from_end_to_end(lehr: Lehr, tmp_path: Path) -> None:
+    """Class folders, a timm model, weights from a file: trained, kept, and used to predict."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("rot", "grün")):
+        (tmp_path / "bilder" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = rng.integers(0, 50, (20, 24, 3), np.uint8)
+            pixels[..., label] += 200
+            Image.fromarray(pixels).save(tmp_path / "bilder" / name / f"{number}.png")
+    model = "mobilenetv3_small_050"
+    weights.write_weights(timm.create_model(model, num_classes=9).state_dict(), tmp_path / "w.safetensors")
+    asked = ("--model", model, "--weights", "w.safetensors", "--size", "32", "--workers", "0", *SHORT)
+    said = lehr("fit", "bilder", *asked)
+    assert said.code == 0, said.err
+    assert "10 to train on, 2 to validate (stratified" in said.err and "crop" not in said.err
+    assert "tensors loaded" in said.err and "of another shape" in said.err
+    folder = f"runs/bilder-{model}-1"
+    listing = json.loads(Path(folder, "data.json").read_text("utf-8"))
+    assert len(listing["train"]["paths"]) == 10 and listing["classes"] == ["grün", "rot"]
+    rows = json.loads(lehr("predict", folder, "bilder", "--json").out)
+    assert len(rows) == 12 and {entry["class"] for entry in rows[0]["top"]} == {"grün", "rot"}
+
+
+def test_classes_of_one_image_train_without_validation(lehr: Lehr, tmp_path: Path) -> None:
+    """Where nothing can be held out, the default recipe asks for no best weights, and a recipe that does is refused."""
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 99).save(tmp_path / "data" / name / "1.png")
+    asked = ("fit", "data", "--model", "digits_net", "--out", "run", *SHORT)
+    said = lehr(*asked, "--set", "restore_best=true")
+    assert said.code == 2 and "is never measured" in said.last and not (tmp_path / "run").exists()
+    said = lehr(*asked, "--scratch")
+    assert said.code == 0, said.err
+    assert "train_loss: fine-tuned" in said.err
+
+
+WRONG = {
+    "data": (("digit",), r'did you mean "digits"?'),
+    "model": (("digits", "--model", "mobilenetv2_10"), 'did you mean "mobilenetv2_100"?'),
+    "weights": (("digits", "--weights", "no.pth"), "no.pth: no such file"),
+    "weights and none": (("digits", "--weights", "no.pth", "--no-pretrained"), "exclude each other"),
+    "recipe": (("digits", "--recipe", "no.toml"), "no.toml: cannot be read"),
+    "recipe key": (
+        ("digits", "--recipe", "bad.toml"),
+        'bad.toml: optimiser: no such key in a recipe; did you mean "optimizer"?',
+    ),
+    "set key": (("digits", "--set", "stages.0.lrr=1"), 'did you mean "lr"?'),
+    "set value": (("digits", "--set", "batch_size=many"), "batch_size"),
+    "set nothing": (("digits", "--set", "lr"), "expected KEY=VALUE"),
+    "set seed": (("digits", "--set", "seed=-1"), "--set seed=-1: expected a whole number from 0 on"),
+    "pattern": (("digits", "--set", "stages.0.train=heed"), "did you mean"),
+    "augment": (("digits", "--set", "augment=flipp"), 'did you mean "flip"?'),
+    "monitor": (("digits", "--set", "monitor=valid_acuracy"), 'did you mean "valid_accuracy"'),
+    "optimizer": (("digits", "--set", "optimizer=adamx"), "adamw"),
+    "size": (
+        ("digits", "--model", "torchvision/squeezenet1_1", "--no-pretrained", "--size", "5"),
+        "cannot take images of 5 x 5",
+    ),
+    "option": (("digits", "--sett", "x"), "No such option"),
+}
+
+
+@pytest.mark.parametrize("command", ["plan", "fit"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_request_is_one_clear_message(wrong: str, command: str, lehr: Lehr, tmp_path: Path) -> None:
+    """What a person got wrong ends with 2 and a message that helps: no traceback, nothing printed, nothing written."""
+    (tmp_path / "bad.toml").write_text(
+        'optimiser = "adamw"\n[[stages]]\nlength = "1 epoch"\ntrain = "all"\nlr = 1.0\n'
+    )
+    arguments, words = WRONG[wrong]
+    said = lehr(command, *arguments)
+    assert said.code == 2
+    assert words in said.err and "Traceback" not in said.err and not said.out
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.toml"]
+
+
+@pytest.mark.parametrize(
+    "option", [("--device", "gpu"), ("--precision", "fp8"), ("--workers", "-1"), ("--out", "file")]
+)
+def test_where_to_train_is_checked_before_anything_is_written(
+    option: tuple[str, str], lehr: Lehr, tmp_path: Path
+) -> None:
+    """A wrong device, precision, number of workers or directory ends with 2 and leaves nothing behind."""
+    (tmp_path / "file").touch()
+    said = lehr("fit", *QUICK, *option)
+    assert said.code == 2 and "Traceback" not in said.err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_stops_a_run_before_it_begins_leaves_only_what_was_there(
+    lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory that a person made keeps the person's files, and loses what lehr had put beside them."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise DataError("not these data")
+
+    monkeypatch.setattr("lehr.run.loop.fit", refuse)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.json").write_text("mine", encoding="utf-8")
+    for out in ("mine", "new/run"):
+        said = lehr("fit", *QUICK, "--out", out, "--tensorboard")
+        assert (said.code, said.last) == (2, "lehr: not these data")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["model.json"]
+    assert not (tmp_path / "new" / "run").exists()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> None:
+    """Let update number `at` raise `error`."""
+    update = Update.__call__
+
+    def stopped(self: Update, window: object, step: int) -> object:
+        if step == at:
+            raise error
+        return update(self, window, step)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Update, "__call__", stopped)
+
+
+def test_an_interrupted_run_says_so(lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends with 130, the journal's last event says interrupted, and the best weights so far can be used."""
+    failing(monkeypatch, KeyboardInterrupt(), 8)
+    said = lehr("fit", *QUICK, "--out", "run")
+    assert said.code == 130 and said.last == "lehr: interrupted"
+    assert "the best weights so far are kept: lehr predict run IMAGE..." in said.err
+    assert journal(tmp_path / "run")[-1] == "interrupted"
+
+
+WORKER = 'Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "x.py"\nlehr.errors.DataError: a.jpg: gone'
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "run/x"),
+            "run/x: No space left on device; free some space",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+            "out of memory: CUDA out of memory.; try a smaller batch_size",
+        ),
+        (MemoryError(), "out of memory: MemoryError; try a smaller batch_size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "try --workers 0"),
+        (RuntimeError("cuDNN error\nmore"), "RuntimeError: cuDNN error  [LEHR_TRACEBACK=1 shows where]"),
+        (DataError(WORKER), "a.jpg: gone"),
+    ],
+    ids=["disk", "gpu memory", "memory", "worker killed", "torch", "image gone"],
+)
+def test_a_failed_run_ends_with_one_line(
+    error: Exception, said: str, lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails after the run has begun ends with 1 and one line that says why; the journal has it, too."""
+    failing(monkeypatch, error, 3)
+    done = lehr("fit", *QUICK, "--out", "run")
+    assert done.code == 1
+    assert done.last.startswith("lehr: ") and said in done.last
+    assert "Traceback" not in done.err and done.err.count(said) == 1
+    assert journal(tmp_path / "run")[-1] == "run_failed"
+
+
+def test_a_mistake_in_lehr_keeps_its_traceback(lehr: Lehr, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a mistake of ours explains is not hidden: it is said to be one, and the traceback follows."""
+    failing(monkeypatch, KeyError("oops"), 3)
+    with pytest.raises(KeyError, match="oops"):
+        lehr("fit", *QUICK, "--out", "run")
+
+
+def test_a_traceback_can_be_asked_for(lehr: Lehr, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With LEHR_TRACEBACK set, what another package raised comes whole."""
+    failing(monkeypatch, RuntimeError("cuDNN error"), 3)
+    monkeypatch.setenv("LEHR_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="cuDNN error"):
+        lehr("fit", *QUICK, "--out", "run")
+
+
+def test_weights_that_cannot_be_written_end_the_run(
+    lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full when the best weights are written ends with 1 and names the file."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    said = lehr("fit", *QUICK, "--out", "run")
+    assert said.code == 1 and said.last.startswith("lehr: run/best.safetensors: cannot be written")
+    assert journal(tmp_path / "run")[-1] == "run_failed"
+
+
+def test_published_weights_are_announced_and_their_absence_explained(
+    lehr: Lehr, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before weights may have to be fetched that is said; where they cannot be, the message says two ways out."""
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    said = lehr("plan", "digits", "--model", "mobilenetv2_100")
+    first, second = said.err.splitlines()
+    assert first.startswith("mobilenetv2_100: fetching its published weights")
+    assert (
+        said.code == 2
+        and "(no network)" in second
+        and "--weights FILE" in second
+        and "--no-pretrained" in second
+    )
+
+
+def test_predict_prints_a_table(lehr: Lehr, run: Path, images: Path) -> None:
+    """A row for each image in a folder, in columns; a broken one is a row with its error, and the end is 1."""
+    said = lehr("predict", str(run), "images", "--top", "2")
+    lines = said.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["images/a.png", "images/bad.png", "images/more/é.JPG"]
+    assert lines[0].count("%") == 2 and "error: " in lines[1]
+    assert lines[0].index("%") == lines[2].index("%")
+    assert said.code == 1 and said.last == "1 image could not be read: see the errors above"
+
+
+def test_predict_prints_csv(lehr: Lehr, run: Path, images: Path) -> None:
+    """`--csv` has a line for each class of each image, under a header that names the columns."""
+    rows = list(csv.DictReader(io.StringIO(lehr("predict", str(run), "images", "--csv", "--top", "2").out)))
+    assert [row["rank"] for row in rows] == ["1", "2", "", "1", "2"]
+    assert rows[2]["path"] == "images/bad.png" and rows[2]["error"] and not rows[2]["class"]
+    assert {row["class"] for row in rows} <= {"", *"56789"}
+    assert float(rows[0]["probability"]) >= float(rows[1]["probability"])
+
+
+def test_predict_prints_json(lehr: Lehr, run: Path, images: Path) -> None:
+    """`--json` is one list, and nothing else on standard output; probabilities of all classes sum to 1."""
+    said = lehr(
+        "predict", str(run), "images/a.png", "images/more/*.JPG", "images/a.png", "--json", "--top", "5"
+    )
+    rows = json.loads(said.out)
+    assert said.code == 0 and [row["path"] for row in rows] == ["images/a.png", "images/more/é.JPG"]
+    assert all(sum(entry["probability"] for entry in row["top"]) == pytest.approx(1) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nowhere.png",), "nowhere.png: no such file or folder, and as a glob it matches nothing"),
+        (("images/more/.hidden/*.tif",), "matches nothing"),
+        (("empty",), "empty: no image below this folder; known endings: "),
+        (("images", "--csv", "--json"), "exclude each other"),
+        (("images", "--device", "gpu"), "device"),
+        ((), "Missing argument"),
+    ],
+)
+def test_a_wrong_prediction_is_refused(
+    arguments: tuple[str, ...], words: str, lehr: Lehr, run: Path, images: Path, tmp_path: Path
+) -> None:
+    """Paths that mean nothing and options that contradict each other end with 2 and say so."""
+    (tmp_path / "empty").mkdir()
+    said = lehr("predict", str(run), *arguments)
+    assert said.code == 2 and words in said.err and not said.out and "Traceback" not in said.err
+
+
+def test_a_run_that_is_none_is_refused(lehr: Lehr, images: Path) -> None:
+    """Predicting with something that is no run ends with 2."""
+    said = lehr("predict", "images", "images")
+    assert (
+        said.code == 2
+        and said.last == "lehr: images: not a run directory. Expected a directory that lehr fit made"
+    )
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    """`lehr plan digits | head` shows no traceback."""
+    command = [sys.executable, "-m", "lehr", "plan", "digits"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and "Traceback" not in said and "Error" not in said

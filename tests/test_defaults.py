@@ -1,0 +1,142 @@
+"""The recipe of a person who said nothing, and a recipe as a file to edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lehr.defaults import commented, default_augment, default_recipe
+from lehr.planning import resolve
+from lehr.recipe import Recipe, Stage, load_recipe
+from lehr.schedules import cosine, restarts, warmup
+from lehr.selection import ModelFacts, ParameterFacts
+
+BODY, HEAD = ParameterFacts("body.weight", (1000, 1000)), ParameterFacts("fc.weight", (5, 1000))
+LARGE = ModelFacts("net", (BODY, HEAD), head=("fc",))
+HEADLESS = ModelFacts("net", (BODY, HEAD))
+TINY = ModelFacts("net", (ParameterFacts("body.weight", (9, 9)), HEAD), head=("fc",))
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "epochs"),
+    [(50, 4, [30, 40]), (500, 32, [30, 40]), (5_000, 32, [4, 6]), (50_000, 32, [4, 6])],
+)
+def test_a_pretrained_model_trains_its_head_first(samples: int, batch: int, epochs: list[int]) -> None:
+    """From tens to tens of thousands of images: the head alone, then everything with a backbone ten times slower."""
+    recipe = default_recipe(LARGE, samples=samples, image_side=224)
+    plan = resolve(recipe, LARGE, samples=samples)
+    assert [stage.train for stage in recipe.stages] == [("head",), ("all",)]
+    assert recipe.batch_size == batch
+    assert [stage.epochs for stage in plan.stages] == epochs
+    last = plan.stages[1].peak_lr
+    assert last["head"] == pytest.approx(10 * last["backbone"])
+    assert all(300 <= stage.steps for stage in plan.stages)
+
+
+@pytest.mark.parametrize("samples", [1, 5, 50, 500, 5_000, 50_000])
+@pytest.mark.parametrize("facts", [LARGE, HEADLESS, TINY], ids=["large", "headless", "tiny"])
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("validated", [True, False])
+def test_every_default_can_be_planned_and_read_back(
+    samples: int, facts: ModelFacts, pretrained: bool, validated: bool, tmp_path: Path
+) -> None:
+    """Whatever the model and the data, the default is a plan, and as a file reads back as an equal recipe."""
+    recipe = default_recipe(
+        facts, samples=samples, image_side=224, pretrained=pretrained, validated=validated
+    )
+    assert resolve(recipe, facts, samples=samples).total_steps > 0
+    assert recipe.restore_best is validated
+    (tmp_path / "recipe.toml").write_text(
+        commented(recipe, request="x", file="recipe.toml"), encoding="utf-8"
+    )
+    assert load_recipe(tmp_path / "recipe.toml") == recipe
+
+
+def test_from_nothing_there_is_nothing_to_freeze() -> None:
+    """Without pretrained weights everything trains from the first step."""
+    recipe = default_recipe(LARGE, samples=500, image_side=224, pretrained=False)
+    assert [stage.train for stage in recipe.stages] == [("all",)]
+
+
+def test_a_pretrained_model_without_a_known_head_is_trained_gently() -> None:
+    """Where no head is recognised all trains at once, slower than a model from nothing would."""
+    gentle, fresh = (
+        default_recipe(HEADLESS, samples=500, image_side=224, pretrained=p).stages for p in (True, False)
+    )
+    assert len(gentle) == 1 and gentle[0].train == ("all",)
+    assert gentle[0].lr < fresh[0].lr  # type: ignore[operator]
+
+
+def test_small_images_are_not_mirrored() -> None:
+    """A mirrored digit is another sign: small images are shifted, larger ones cropped and mirrored."""
+    assert default_augment(28) == ("shift",)
+    assert "flip" in default_augment(224)
+    assert default_recipe(LARGE, samples=50, image_side=28).augment == ("shift",)
+
+
+ODD = Recipe(
+    [
+        Stage(
+            "120 steps",
+            train=["head", "norm"],
+            lr=3e-4,
+            schedule=restarts(first="10 steps"),
+            batch_size=8,
+            restore_best=False,
+        ),
+        Stage("2 epochs", train="*", lr={"blocks.1?.*": 1.5e-5, 'a"b': 0.25}, layer_decay=0.75, accumulate=2),
+    ],
+    optimizer={"name": "sgd", "momentum": 0.9, "nesterov": True, "betas": [0.9, 0.99]},
+    schedule=warmup("3 steps", start=0.1) >> cosine(floor=1e-7),
+    no_decay=[],
+    augment=[],
+    ema=0.999,
+    patience="3 epochs",
+    min_lr=1e-9,
+    lr_rule="linear",
+    seed=7,
+)
+
+
+@pytest.mark.parametrize(
+    "recipe", [ODD, Recipe([Stage("1 epochs", train="all", lr=0.1)])], ids=["odd", "plain"]
+)
+def test_any_recipe_as_a_file_reads_back_equal(recipe: Recipe, tmp_path: Path) -> None:
+    """Overrides, tables, quotes, empty lists and small numbers survive the way through the file."""
+    (tmp_path / "recipe.toml").write_text(commented(recipe, request="x", file="r"), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.toml") == recipe
+
+
+def test_the_file_is_a_pleasure_to_read() -> None:
+    """Every key stands below a line that says what it is, no line is wider than 95 columns, rates look as people write them."""
+    text = commented(
+        default_recipe(LARGE, samples=50, image_side=224), request="fl --model net", file="r.toml"
+    )
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 95
+    assert "#   lehr plan fl --model net --recipe r.toml" in lines
+    assert "lr = { head = 1e-3, backbone = 1e-4 }" in lines
+    top = lines[: lines.index("[[stages]]")]
+    for number, line in enumerate(top):
+        if " = " in line and not line.startswith("#"):
+            assert top[number - 1].startswith("# "), line
+    for key in (
+        "optimizer",
+        "schedule",
+        "batch_size",
+        "weight_decay",
+        "no_decay",
+        "augment",
+        "monitor",
+        "seed",
+    ):
+        assert any(line.startswith(f"{key} = ") for line in top), key
+
+
+def test_a_strange_name_cannot_break_out_of_a_comment(tmp_path: Path) -> None:
+    """A folder whose name holds a line break stays within the comment that names it."""
+    recipe = default_recipe(LARGE, samples=50, image_side=224)
+    text = commented(recipe, request="'a\nseed = 9\n'", file="r.toml")
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    assert load_recipe(tmp_path / "r.toml").seed == 0
