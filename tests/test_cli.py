@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +127,10 @@ def test_a_plan_as_json_is_the_plan(lehr: Lehr, tmp_path: Path) -> None:
     said = lehr("plan", "digits", "--json", *SHORT)
     (tmp_path / "plan.json").write_text(said.out, encoding="utf-8")
     lehr("fit", *QUICK, "--out", "run")
-    assert Plan.load(tmp_path / "plan.json").hash == Plan.load(tmp_path / "run" / "plan.json").hash
+    planned, followed = (Plan.load(tmp_path / name) for name in ("plan.json", "run/plan.json"))
+    assert (
+        replace(planned, model=followed.model).hash == followed.hash
+    )  # the page names it as it was asked for
 
 
 def test_a_plan_can_be_drawn(lehr: Lehr, tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ def _but(*left_out: str) -> tuple[str, ...]:
         ("last block", ("blocks.10.fc.weight",)),
         ("last 1 block", ("blocks.10.fc.weight",)),
         ("last 2 blocks", ("blocks.1.fc.weight", "blocks.1.fc.bias", "blocks.10.fc.weight")),
-        (["all", "!norm", "!bias"], ("stem.conv.weight", "blocks.0.fc.weight", "blocks.1.fc.weight", "fc.weight")),
+        (
+            ["all", "!norm", "!bias"],
+            ("stem.conv.weight", "blocks.0.fc.weight", "blocks.1.fc.weight", "fc.weight"),
+        ),
         (["!fc", "last 2 blocks", "fc"], ("blocks.1.fc.weight", "blocks.1.fc.bias", "blocks.10.fc.weight")),
         ("stem", ("stem.conv.weight", "stem.bn.weight", "stem.bn.bias")),
         ("stem.bn", ("stem.bn.weight", "stem.bn.bias")),
@@ -250,7 +253,9 @@ def test_partition_is_disjoint_and_total(facts: ModelFacts) -> None:
 @pytest.mark.parametrize("patterns", [["!norm"], ["head", "!head"]])
 def test_a_selection_that_leaves_nothing_is_refused(patterns: list[str]) -> None:
     """Patterns that only take away, or take everything away, are an error that says what to write."""
-    with pytest.raises(SelectionError, match=r'leaves nothing; name what to keep as well, as in \["all", "!norm"\]'):
+    with pytest.raises(
+        SelectionError, match=r'leaves nothing; name what to keep as well, as in \["all", "!norm"\]'
+    ):
         select(patterns, NET)
 
 

@@ -108,7 +108,9 @@ def plan(
 
     if isinstance(model, ModelFacts):
         if head is not None:
-            raise RequestError("head: the facts say already what the head is; give it to lehr.inspect instead")
+            raise RequestError(
+                "head: the facts say already what the head is; give it to lehr.inspect instead"
+            )
         return resolve(recipe, model, samples=samples, batches=batches)
     from lehr.run.facts import inspect
 

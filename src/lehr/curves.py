@@ -151,7 +151,7 @@ class Curve:
         for part, length in zip(self.schedule.parts, lengths, strict=True):
             if length:
                 if isinstance(part.shape, shapes.Hold):
-                    part = replace(part, shape=shapes.Hold(segments[-1].end if segments else 1.0))  # noqa: PLW2901
+                    part = replace(part, shape=shapes.Hold(segments[-1].end if segments else 1.0))
                 stop = start + length
                 segments.append(
                     Segment(

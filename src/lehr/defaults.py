@@ -93,7 +93,9 @@ def _stages(facts: ModelFacts, samples: int, batch: int, pretrained: bool) -> li
         Stage(_epochs(500, steps_per_epoch, 4, 30), train="head", lr=3e-3),
         # The backbone is only adjusted, after a warm-up for Adam's moments. Its norms stay as they were
         # pretrained: batches of this size are too small for their statistics, and Adam moves scales too far.
-        Stage(_epochs(800, steps_per_epoch, 6, 40), train=_gently(facts), lr={"head": 1e-3, "backbone": 3e-4}),
+        Stage(
+            _epochs(800, steps_per_epoch, 6, 40), train=_gently(facts), lr={"head": 1e-3, "backbone": 3e-4}
+        ),
     ]
 
 

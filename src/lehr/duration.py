@@ -13,7 +13,9 @@ from lehr.errors import DurationError, nearest
 Unit = Literal["epochs", "steps", "%"]
 
 _WRITTEN = re.compile(r"([+-]?(?:[0-9][0-9_]*)?\.?[0-9][0-9_]*(?:[eE][+-]?[0-9]{1,2})?)\s*(%|[A-Za-z]*)")
-_LONGEST = 60  # characters; with the two digits of an exponent it keeps every amount small enough to write out
+_LONGEST = (
+    60  # characters; with the two digits of an exponent it keeps every amount small enough to write out
+)
 _UNITS: dict[str, Unit] = {
     "epochs": "epochs", "epoch": "epochs", "steps": "steps", "step": "steps", "%": "%", "percent": "%",
 }  # fmt: skip
@@ -54,7 +56,9 @@ class Duration:
             )
         number, unit = found.groups()
         if not unit:
-            raise DurationError(f'{where}: {text!r} has no unit; write "{number} epochs", "{number} steps" or "{number}%"')
+            raise DurationError(
+                f'{where}: {text!r} has no unit; write "{number} epochs", "{number} steps" or "{number}%"'
+            )
         if unit.lower() not in _UNITS:
             raise DurationError(
                 f"{where}: {text!r}: unknown unit {unit!r}{nearest(unit.lower(), _UNITS)} Expected epochs, steps or %"
@@ -66,12 +70,16 @@ class Duration:
         if amount < 0:
             raise DurationError(f"{said} is negative; a duration is 0 or more")
         if unit == "steps" and amount.denominator != 1:
-            raise DurationError(f"{said}: a step is one update and cannot be divided; write a whole number of steps")
+            raise DurationError(
+                f"{said}: a step is one update and cannot be divided; write a whole number of steps"
+            )
         if unit == "%" and amount > 100:
             raise DurationError(f"{said} is more than the whole; a share lies between 0% and 100%")
         return cls(amount, unit)
 
-    def steps(self, *, whole: int | None = None, steps_per_epoch: int | None = None, where: str = "duration") -> int:
+    def steps(
+        self, *, whole: int | None = None, steps_per_epoch: int | None = None, where: str = "duration"
+    ) -> int:
         """The duration in whole steps: exact, then rounded half up, at least one step unless it is 0.
 
         Args:
@@ -86,11 +94,15 @@ class Duration:
             return int(self.amount)
         if self.unit == "epochs":
             if steps_per_epoch is None:
-                raise DurationError(f'{where}: "{self}" needs steps_per_epoch, which is not known here; give it, or write steps')
+                raise DurationError(
+                    f'{where}: "{self}" needs steps_per_epoch, which is not known here; give it, or write steps'
+                )
             exact = self.amount * steps_per_epoch
         else:
             if whole is None:
-                raise DurationError(f'{where}: "{self}" is a share of a whole that is not known here; write epochs or steps')
+                raise DurationError(
+                    f'{where}: "{self}" is a share of a whole that is not known here; write epochs or steps'
+                )
             exact = self.amount * whole / 100
         return max(1, floor(exact + Fraction(1, 2))) if self.amount else 0
 

@@ -24,7 +24,9 @@ def content_hash(plain: Mapping[str, Any]) -> str:
     True
     """
     counted = {key: value for key, value in plain.items() if key not in _WITHOUT_EFFECT}
-    text = json.dumps(_strict(counted), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    text = json.dumps(
+        _strict(counted), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -60,7 +62,9 @@ def read(path: str | Path) -> dict[str, Any]:
     del whole["format"]
     plain: dict[str, Any] = _finite_again(whole)
     if _hash_or_none(plain) != said or said is None:
-        raise RecipeError(f"{path}: its content does not have the hash that it says, so it was changed or damaged; {again}")
+        raise RecipeError(
+            f"{path}: its content does not have the hash that it says, so it was changed or damaged; {again}"
+        )
     return plain
 
 
@@ -81,4 +85,6 @@ def _strict(value: Any) -> Any:
 
 
 def _finite_again(plain: dict[str, Any]) -> dict[str, Any]:
-    return {key: math.inf if value == "inf" and key in _MAY_BE_INFINITE else value for key, value in plain.items()}
+    return {
+        key: math.inf if value == "inf" and key in _MAY_BE_INFINITE else value for key, value in plain.items()
+    }

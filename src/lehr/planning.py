@@ -138,12 +138,18 @@ class Plan:
             SelectionError: for a group that the plan does not have.
         """
         if group not in self.groups:
-            raise SelectionError(f"the plan has no group {group!r}{nearest(group, self.groups)} Groups: {', '.join(self.groups)}")
+            raise SelectionError(
+                f"the plan has no group {group!r}{nearest(group, self.groups)} Groups: {', '.join(self.groups)}"
+            )
         return np.concatenate([self._rates(stage)[group] for stage in self.stages])
 
     def stage_at(self, step: int) -> PlannedStage:
         """The stage that update `step` belongs to."""
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step < self.total_steps:
+        if (
+            isinstance(step, bool)
+            or not isinstance(step, (int, np.integer))
+            or not 0 <= step < self.total_steps
+        ):
             raise IndexError(f"plan[{step!r}]: the plan has the steps 0 to {self.total_steps - 1}")
         return next(stage for stage in self.stages if step < stage.stop)
 
@@ -172,20 +178,35 @@ class Plan:
         decay = MappingProxyType(dict(stage.weight_decay))
         for t, row in zip(range(start, stop), zip(*columns, strict=True), strict=True):
             epoch = stage.first_epoch + (t - stage.start) // stage.steps_per_epoch
-            yield Step(t, stage.index, epoch, trainable, MappingProxyType(dict(zip(names, row, strict=True))), decay)
+            yield Step(
+                t, stage.index, epoch, trainable, MappingProxyType(dict(zip(names, row, strict=True))), decay
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values: numbers, texts, lists and tables only."""
         plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        stages = [{**{f.name: getattr(s, f.name) for f in fields(s)}, "schedule": str(s.schedule)} for s in self.stages]
+        stages = [
+            {**{f.name: getattr(s, f.name) for f in fields(s)}, "schedule": str(s.schedule)}
+            for s in self.stages
+        ]
         return {**plain, "stages": stages}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
         """The plan that `to_dict` gave."""
-        stages = tuple(PlannedStage(**{**s, "schedule": read_schedule(s["schedule"])}) for s in plain["stages"])
+        stages = tuple(
+            PlannedStage(**{**s, "schedule": read_schedule(s["schedule"])}) for s in plain["stages"]
+        )
         groups = {group: tuple(names) for group, names in plain["groups"].items()}
-        return cls(**{**plain, "stages": stages, "groups": groups, "augment": tuple(plain["augment"]), "notes": tuple(plain["notes"])})
+        return cls(
+            **{
+                **plain,
+                "stages": stages,
+                "groups": groups,
+                "augment": tuple(plain["augment"]),
+                "notes": tuple(plain["notes"]),
+            }
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, with its hash."""
@@ -209,7 +230,9 @@ class Plan:
 
     @cached_property
     def _trainable(self) -> tuple[frozenset[str], ...]:
-        return tuple(frozenset(n for g, peak in s.peak_lr.items() if peak for n in self.groups[g]) for s in self.stages)
+        return tuple(
+            frozenset(n for g, peak in s.peak_lr.items() if peak for n in self.groups[g]) for s in self.stages
+        )
 
     @cached_property
     def _rate_arrays(self) -> dict[int, Mapping[str, Array]]:
@@ -225,6 +248,7 @@ class Plan:
             }
         return self._rate_arrays[stage.index]
 
+
 _FOLLOWS_LATE = {"rprop": "at its first step only, so no schedule moves it", "asgd": "one step late"}
 
 
@@ -234,7 +258,7 @@ def batches_in(samples: int, batch_size: int) -> int:
 
     >>> batches_in(100, 32), batches_in(97, 32), batches_in(1, 32)
     (4, 3, 1)
-    """  # noqa: D205
+    """
     full, rest = divmod(samples, batch_size)
     return max(1, full + (rest > 0) - (rest == 1 and full > 0 and batch_size > 1))
 
@@ -260,7 +284,9 @@ def resolve(recipe: Recipe, facts: ModelFacts, *, samples: int, batches: int | N
     for index, (stage, setting) in enumerate(zip(recipe.stages, settings, strict=True)):
         batch_size, accumulate = _batch(recipe, stage)
         steps_per_epoch = -(-(batches or batches_in(samples, batch_size)) // accumulate)
-        length = Duration.parse(stage.length).steps(steps_per_epoch=steps_per_epoch, where=f"stages.{index}.length")
+        length = Duration.parse(stage.length).steps(
+            steps_per_epoch=steps_per_epoch, where=f"stages.{index}.length"
+        )
         start = stages[-1].stop if stages else 0
         first_epoch = stages[-1].first_epoch + stages[-1].epochs if stages else 0
         first_of = {group: setting.by_parameter.get(names[0], (0.0, 0.0)) for group, names in groups.items()}
@@ -321,7 +347,11 @@ def _stage_settings(recipe: Recipe, stage: Stage, index: int, facts: ModelFacts)
 
 def _no_decay(recipe: Recipe, facts: ModelFacts) -> frozenset[str]:
     """What weight decay leaves alone. A model without norms or biases is no mistake here; a pattern that matches nothing is."""
-    names = {p.name for p in facts.parameters if ("norm" in recipe.no_decay and p.norm) or ("bias" in recipe.no_decay and p.bias)}
+    names = {
+        p.name
+        for p in facts.parameters
+        if ("norm" in recipe.no_decay and p.norm) or ("bias" in recipe.no_decay and p.bias)
+    }
     patterns = [p for p in recipe.no_decay if p not in ("norm", "bias")]
     return frozenset(names | set(select(patterns, facts, where="no_decay").names if patterns else ()))
 
@@ -395,12 +425,17 @@ def _label(patterns: Sequence[str]) -> str:
 
 def _words(recipe: Recipe, facts: ModelFacts) -> dict[str, frozenset[str]]:
     """The patterns that the recipe uses and the roles that the model has, each with what it means."""
-    said = [p for s in recipe.stages if isinstance(s.lr, Mapping) for p in s.lr] + [p for s in recipe.stages for p in s.train if not p.startswith("!")]
+    said = [p for s in recipe.stages if isinstance(s.lr, Mapping) for p in s.lr] + [
+        p for s in recipe.stages for p in s.train if not p.startswith("!")
+    ]
     every = frozenset(p.name for p in facts.parameters)
     words = {word: frozenset(select(word, facts).names) for word in dict.fromkeys(said)}
     if facts.head:
         head = frozenset(select("head", facts).names)
-        words |= {"head": head, "backbone": every - head}  # the whole model may be its head: then no one's word is "backbone"
+        words |= {
+            "head": head,
+            "backbone": every - head,
+        }  # the whole model may be its head: then no one's word is "backbone"
     return {**words, "all": every}
 
 
@@ -411,7 +446,11 @@ def _word_for(names: Sequence[str], words: Mapping[str, frozenset[str]]) -> str:
 
 
 def _notes(
-    recipe: Recipe, facts: ModelFacts, stages: Sequence[PlannedStage], groups: Mapping[str, tuple[str, ...]], samples: int
+    recipe: Recipe,
+    facts: ModelFacts,
+    stages: Sequence[PlannedStage],
+    groups: Mapping[str, tuple[str, ...]],
+    samples: int,
 ) -> tuple[str, ...]:
     """What a person should know before paying for the run. `samples` is 0 where a data loader makes the batches."""
     notes = list(facts.understood)
@@ -422,15 +461,32 @@ def _notes(
     for stage, said in zip(stages, recipe.stages, strict=True):
         if said.batch_size or said.accumulate:
             k = (stage.batch_size * stage.accumulate) / (recipe.batch_size * recipe.accumulate)
-            rule = "multiplied by it" if recipe.lr_rule == "linear" else 'as written; lr_rule = "linear" would multiply them by it'
+            rule = (
+                "multiplied by it"
+                if recipe.lr_rule == "linear"
+                else 'as written; lr_rule = "linear" would multiply them by it'
+            )
             if k != 1:
-                notes.append(f"stage {stage.index + 1} has {k:g} times the samples a step; its rates are {rule}")
-        if samples > 1 and stage.batch_size > 1 and samples % stage.batch_size == 1 and samples > stage.batch_size:
-            notes.append(f"stage {stage.index + 1}: the last of {samples} samples joins the batch before it (a batch of one has no statistics)")
+                notes.append(
+                    f"stage {stage.index + 1} has {k:g} times the samples a step; its rates are {rule}"
+                )
+        if (
+            samples > 1
+            and stage.batch_size > 1
+            and samples % stage.batch_size == 1
+            and samples > stage.batch_size
+        ):
+            notes.append(
+                f"stage {stage.index + 1}: the last of {samples} samples joins the batch before it (a batch of one has no statistics)"
+            )
         if stage.steps < stage.steps_per_epoch:
-            notes.append(f"stage {stage.index + 1} ends after {stage.steps} of the {stage.steps_per_epoch} steps of an epoch")
+            notes.append(
+                f"stage {stage.index + 1} ends after {stage.steps} of the {stage.steps_per_epoch} steps of an epoch"
+            )
     if recipe.optimizer_name.lower() in _FOLLOWS_LATE:
-        notes.append(f"{recipe.optimizer_name} looks at the rate {_FOLLOWS_LATE[recipe.optimizer_name.lower()]}")
+        notes.append(
+            f"{recipe.optimizer_name} looks at the rate {_FOLLOWS_LATE[recipe.optimizer_name.lower()]}"
+        )
     if facts.layers == 1 and (recipe.layer_decay < 1 or any((s.layer_decay or 1) < 1 for s in recipe.stages)):
         notes.append("layer_decay has no effect: the order of this model's layers was not recognised")
     return tuple(notes)

@@ -25,7 +25,11 @@ from lehr.schedules import cosine, warmup
 
 LrRule = Literal["fixed", "linear"]
 _T = TypeVar("_T")
-_OWN_PLACE = {"lr": "the stage's `lr`", "weight_decay": "the recipe's `weight_decay`", "params": "the stage's `train`"}
+_OWN_PLACE = {
+    "lr": "the stage's `lr`",
+    "weight_decay": "the recipe's `weight_decay`",
+    "params": "the stage's `train`",
+}
 
 
 def _duration(said: object) -> str:
@@ -50,7 +54,9 @@ def _stage_length(said: str) -> str:
 def _epochs(said: str) -> str:
     length = Duration.parse(said)
     if length.unit != "epochs" or length.amount.denominator != 1 or not length.amount:
-        raise ValueError(f'"{said}"; the data are validated once an epoch, so write whole epochs, for example "3 epochs"')
+        raise ValueError(
+            f'"{said}"; the data are validated once an epoch, so write whole epochs, for example "3 epochs"'
+        )
     return said
 
 
@@ -71,7 +77,9 @@ def _trained(said: object) -> tuple[str, ...]:
 def _rate(said: object) -> float | dict[str, float]:
     if isinstance(said, Mapping):
         if not said:
-            raise ValueError("{} gives no rate; write a number, or a rate for each pattern: { head = 1e-3, backbone = 1e-4 }")
+            raise ValueError(
+                "{} gives no rate; write a number, or a rate for each pattern: { head = 1e-3, backbone = 1e-4 }"
+            )
         return {str(pattern): _positive(rate, f"rate of {pattern!r}") for pattern, rate in said.items()}
     return _positive(said, "rate")
 
@@ -85,7 +93,9 @@ def _positive(said: object, what: str) -> float:
 def _optimizer(said: object) -> str | dict[str, Any]:
     table = {"name": said} if isinstance(said, str) else said
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str) or not table["name"]:
-        raise ValueError(f'{said!r}; expected a name such as "adamw", or a table {{ name = "sgd", momentum = 0.9 }}')
+        raise ValueError(
+            f'{said!r}; expected a name such as "adamw", or a table {{ name = "sgd", momentum = 0.9 }}'
+        )
     for key, place in _OWN_PLACE.items():
         if key in table:
             raise ValueError(f"{key!r} does not stand in the optimizer; it is said in {place}")
@@ -98,7 +108,9 @@ def _setting(key: str, value: object) -> object:
         return [_setting(key, item) for item in value]
     if isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise ValueError(f"{key}={value!r}; expected a finite number, a text, true or false, or a list of them; leave out what is None")
+    raise ValueError(
+        f"{key}={value!r}; expected a finite number, a text, true or false, or a list of them; leave out what is None"
+    )
 
 
 Length = Annotated[str, PlainValidator(_duration), AfterValidator(_stage_length)]
@@ -199,7 +211,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise RecipeError("stages: []; a recipe needs at least one stage, for example Stage('5 epochs', train='head', lr=1e-3)")
+            raise RecipeError(
+                "stages: []; a recipe needs at least one stage, for example Stage('5 epochs', train='head', lr=1e-3)"
+            )
         object.__setattr__(self, "stages", tuple(self.stages))
 
     @property
@@ -210,7 +224,11 @@ class Recipe:
     @property
     def optimizer_settings(self) -> dict[str, Any]:
         """The optimizer's own keywords."""
-        return {} if isinstance(self.optimizer, str) else {k: v for k, v in self.optimizer.items() if k != "name"}
+        return (
+            {}
+            if isinstance(self.optimizer, str)
+            else {k: v for k, v in self.optimizer.items() if k != "name"}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What is not a default, as plain values in the form that TOML has."""
@@ -247,7 +265,9 @@ def load_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError(f"{path}: cannot be read: {reason}; `lehr init DATA` writes a recipe to start from") from None
+        raise RecipeError(
+            f"{path}: cannot be read: {reason}; `lehr init DATA` writes a recipe to start from"
+        ) from None
     try:
         table = tomlkit.parse(text).unwrap()
     except TOMLKitError as error:
@@ -277,14 +297,18 @@ def overridden(table: Mapping[str, Any], settings: Sequence[str]) -> dict[str, A
         elif isinstance(target, dict):
             target[last] = _toml_value(written)
         else:
-            raise RecipeError(f"--set {setting}: {'.'.join(path)} is a single value, so {last!r} cannot be set inside it")
+            raise RecipeError(
+                f"--set {setting}: {'.'.join(path)} is a single value, so {last!r} cannot be set inside it"
+            )
     return out
 
 
 def _step_into(target: Any, part: str, setting: str) -> Any:
     if isinstance(target, list):
         if not part.isdecimal() or int(part) >= len(target):
-            raise RecipeError(f"--set {setting}: there are {len(target)} entries, 0 to {len(target) - 1}; {part!r} is none of them")
+            raise RecipeError(
+                f"--set {setting}: there are {len(target)} entries, 0 to {len(target) - 1}; {part!r} is none of them"
+            )
         return target[int(part)]
     if not isinstance(target, dict):
         raise RecipeError(f"--set {setting}: {part!r} lies inside a single value; set that value as a whole")
@@ -342,9 +366,13 @@ def _finding(found: dict[str, Any], cls: type) -> str:
             hint = f"; it belongs to the {other.__name__.lower()}."
         return f"{place}: no such key in a {cls.__name__.lower()}{hint} Known: {', '.join(known)}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{place}: missing; " + _EXAMPLE.get(place.rsplit(".", 1)[-1], "it has no default, so write it")
+        return f"{place}: missing; " + _EXAMPLE.get(
+            place.rsplit(".", 1)[-1], "it has no default, so write it"
+        )
     if kind == "value_error":
-        said = str(found["ctx"]["error"]).removeprefix("duration: ").removeprefix("schedule: ")  # the place says it
+        said = (
+            str(found["ctx"]["error"]).removeprefix("duration: ").removeprefix("schedule: ")
+        )  # the place says it
         return ": ".join(filter(None, (place, said)))
     if kind == "unexpected_positional_argument":
         names = [f.name for f in fields(cls)]

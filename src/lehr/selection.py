@@ -73,7 +73,11 @@ class ModelFacts:
 
     def count(self, names: Iterable[str] | None = None) -> int:
         """The number of scalars in the parameters `names`, or in all."""
-        return sum(p.count for p in self.parameters) if names is None else sum(self.by_name[n].count for n in names)
+        return (
+            sum(p.count for p in self.parameters)
+            if names is None
+            else sum(self.by_name[n].count for n in names)
+        )
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,26 @@ def select(patterns: str | Sequence[str], facts: ModelFacts, *, where: str = "se
     """
     listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     if not listed:
-        raise SelectionError(f'{where}: an empty list selects nothing; name what to train, for example "head" or "all"')
+        raise SelectionError(
+            f'{where}: an empty list selects nothing; name what to train, for example "head" or "all"'
+        )
     by_pattern = {pattern: _match(_positive(pattern), facts, where) for pattern in listed}
-    chosen = {name for pattern, names in by_pattern.items() if pattern == _positive(pattern) for name in names}
-    chosen -= {name for pattern, names in by_pattern.items() if pattern != _positive(pattern) for name in names}
+    chosen = {
+        name for pattern, names in by_pattern.items() if pattern == _positive(pattern) for name in names
+    }
+    chosen -= {
+        name for pattern, names in by_pattern.items() if pattern != _positive(pattern) for name in names
+    }
     if not chosen:
-        raise SelectionError(f'{where}: {list(listed)} leaves nothing; name what to keep as well, as in ["all", "!norm"]')
+        raise SelectionError(
+            f'{where}: {list(listed)} leaves nothing; name what to keep as well, as in ["all", "!norm"]'
+        )
     return Selection(listed, tuple(p.name for p in facts.parameters if p.name in chosen), by_pattern)
 
 
-def partition(patterns: Sequence[str], names: Iterable[str], facts: ModelFacts, *, where: str) -> dict[str, str]:
+def partition(
+    patterns: Sequence[str], names: Iterable[str], facts: ModelFacts, *, where: str
+) -> dict[str, str]:
     """The one pattern that each of `names` belongs to: disjoint and total.
 
     Raises:
@@ -160,7 +174,9 @@ def _positive(pattern: str) -> str:
 def _match(pattern: str, facts: ModelFacts, where: str) -> tuple[str, ...]:
     """The names that one pattern means; never empty."""
     if not isinstance(pattern, str):
-        raise SelectionError(f'{where}: {pattern!r} is not a pattern; expected a text such as "head" or "layer4"')
+        raise SelectionError(
+            f'{where}: {pattern!r} is not a pattern; expected a text such as "head" or "layer4"'
+        )
     found = _role(pattern, facts, where)
     if found is None:
         found = tuple(
@@ -200,7 +216,11 @@ def _role(pattern: str, facts: ModelFacts, where: str) -> tuple[str, ...] | None
                 f"{where}: {pattern!r} needs to know the head of {facts.name}, and none was recognised; "
                 f'name the module instead, for example "{last}", or say head="{last}" to lehr.inspect or lehr.plan'
             )
-        head = {p.name for p in facts.parameters if any(_names(path, n) for path in facts.head for n in (p.name, *p.aliases))}
+        head = {
+            p.name
+            for p in facts.parameters
+            if any(_names(path, n) for path in facts.head for n in (p.name, *p.aliases))
+        }
         return tuple(p.name for p in facts.parameters if (p.name in head) == (pattern == "head"))
     return None
 
@@ -214,7 +234,11 @@ def _last_blocks(count: int, facts: ModelFacts, where: str) -> tuple[str, ...]:
             else f"{where}: no blocks were recognised in {facts.name}; name its modules instead, for example {facts.modules[:3]}"
         )
     paths = [path for block in facts.blocks[-count:] for path in block]
-    return tuple(p.name for p in facts.parameters if any(_names(path, n) for path in paths for n in (p.name, *p.aliases)))
+    return tuple(
+        p.name
+        for p in facts.parameters
+        if any(_names(path, n) for path in paths for n in (p.name, *p.aliases))
+    )
 
 
 def _names(pattern: str, name: str) -> bool:

@@ -123,7 +123,9 @@ class Exponential:
     def __post_init__(self) -> None:
         _share("exponential", "floor", self.floor)
         if self.floor == 0:
-            raise ScheduleError("exponential: floor=0 is never reached by a constant ratio; write a small number, say 0.001")
+            raise ScheduleError(
+                "exponential: floor=0 is never reached by a constant ratio; write a small number, say 0.001"
+            )
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
         return np.asarray(self.floor ** (s / n), dtype=np.float64)
@@ -161,9 +163,11 @@ class StepDecay:
     def __post_init__(self) -> None:
         _share("step_decay", "by", self.by)
         if not self.at:
-            raise ScheduleError('step_decay: at=[] drops nowhere; write where, for example at=["30 epochs", "60 epochs"]')
+            raise ScheduleError(
+                'step_decay: at=[] drops nowhere; write where, for example at=["30 epochs", "60 epochs"]'
+            )
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+    def values(self, s: Array, n: int, unit: Unit) -> Array:
         drops = np.sort(np.array([unit(at, n) for at in self.at], dtype=np.float64))
         return np.asarray(self.by ** np.searchsorted(drops, s, side="right").astype(np.float64))
 
@@ -200,7 +204,7 @@ class Restarts:
     """Warm restarts (Loshchilov & Hutter 2017, SGDR): `shape` again and again, each cycle `grow` times as long as the one
     before and starting at `decay` times its peak. Cycle i is round(first * grow**i) long. Where the last cycle is cut short by
     the end of the part, it is cut: it does not restart there.
-    """  # noqa: D205
+    """
 
     first: Duration
     grow: float = 1.0
@@ -212,12 +216,16 @@ class Restarts:
         _share("restarts", "decay", self.decay)
         _number("restarts", "grow", self.grow, 1, "1 or more (2 doubles each cycle)")
         if isinstance(self.shape, (Warmup, Hold, Restarts)):
-            raise ScheduleError(f"restarts: shape={self.shape.name} does not come down; use cosine(), linear() or the like")
+            raise ScheduleError(
+                f"restarts: shape={self.shape.name} does not come down; use cosine(), linear() or the like"
+            )
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:
         first = unit(self.first, n)
         if first < 1:
-            raise ScheduleError(f'restarts: first="{self.first}" is no step; the first cycle needs at least one')
+            raise ScheduleError(
+                f'restarts: first="{self.first}" is no step; the first cycle needs at least one'
+            )
         starts = [0.0]
         while starts[-1] < n:
             starts.append(starts[-1] + max(1, int(first * self.grow ** (len(starts) - 1) + 0.5)))

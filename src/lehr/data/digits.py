@@ -20,7 +20,9 @@ def load_digits_few() -> Arrays:
     Which images are labelled matters more here than all else, so it is the same for every seed.
     """
     arrays = digits_of(range(5, 10))
-    by_class = [[item for item in arrays.train if item.label == label] for label in range(len(arrays.classes))]
+    by_class = [
+        [item for item in arrays.train if item.label == label] for label in range(len(arrays.classes))
+    ]
     train = tuple(item for items in by_class for item in items[:PER_CLASS])
     valid = tuple(item for items in by_class for item in items[PER_CLASS:])
     split = f"the first {PER_CLASS} images of each class train, all others validate"
