@@ -3,9 +3,9 @@
     python scripts/pretrain_digits.py
 
 The digits 5 to 9, on which `lehr fit digits` fine-tunes, are never shown. Five classes alone teach little
-that is of use elsewhere, so every image is shown in eight positions (turned by quarters, mirrored or not), and
-which one it is belongs to the answer (after Gidaris et al. 2018, arXiv:1803.07728); small random turns, shifts
-and stretches make more of 901 images. The head is left out of the file: it belongs to other classes.
+that is of use elsewhere, so every image is shown in eight positions (turned by quarters, mirrored or not),
+and which one it is belongs to the answer (after Gidaris et al. 2018, arXiv:1803.07728); small random turns,
+shifts and stretches make more of 901 images. The head is left out of the file: it belongs to other classes.
 """
 
 from __future__ import annotations

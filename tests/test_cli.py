@@ -8,7 +8,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,9 +44,7 @@ Lehr = Callable[..., Said]
 
 
 @pytest.fixture
-def lehr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Lehr]:
+def lehr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lehr:
     """Runs a command in an empty directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LEHR_TRACEBACK", raising=False)
@@ -60,7 +58,7 @@ def lehr(
             code = int(end.code or 0)
         return Said(code, *capsys.readouterr())
 
-    yield run
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +99,9 @@ def test_help_needs_no_torch() -> None:
 def test_every_command_has_help(command: str, lehr: Lehr) -> None:
     """Each command explains itself on standard output and ends well."""
     said = lehr(command, "--help")
-    assert said.code == 0 and "Usage: lehr" in said.out and not said.err
+    assert said.code == 0
+    assert "Usage: lehr" in said.out
+    assert not said.err
 
 
 def test_a_plan_is_a_page_and_trains_nothing(lehr: Lehr, tmp_path: Path) -> None:
@@ -123,7 +123,8 @@ def test_a_plan_is_a_page_and_trains_nothing(lehr: Lehr, tmp_path: Path) -> None
 
 
 def test_a_plan_as_json_is_the_plan(lehr: Lehr, tmp_path: Path) -> None:
-    """`lehr plan --json` prints nothing but a plan that reads back, the one that `lehr fit` would follow."""
+    """`lehr plan --json` prints nothing but a plan that reads back, the one that `lehr fit` would
+    follow."""
     said = lehr("plan", "digits", "--json", *SHORT)
     (tmp_path / "plan.json").write_text(said.out, encoding="utf-8")
     lehr("fit", *QUICK, "--out", "run")
@@ -136,12 +137,14 @@ def test_a_plan_as_json_is_the_plan(lehr: Lehr, tmp_path: Path) -> None:
 def test_a_plan_can_be_drawn(lehr: Lehr, tmp_path: Path) -> None:
     """`--png FILE` draws the plan as well."""
     said = lehr("plan", "digits", "--png", "plan.png")
-    assert "drew plan.png" in said.err and said.out
+    assert "drew plan.png" in said.err
+    assert said.out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_init_writes_what_fit_would_do(lehr: Lehr, tmp_path: Path) -> None:
-    """The recipe of `lehr init` gives the same plan as no recipe, settings included; nothing is overwritten."""
+    """The recipe of `lehr init` gives the plan that no recipe gives, settings included; nothing is
+    overwritten."""
     said = lehr("init", "digits", "--set", "batch_size=8", "--out", "my recipe.toml")
     assert said.err == "wrote my recipe.toml\nnext: lehr plan digits --recipe 'my recipe.toml'\n"
     assert load_recipe(tmp_path / "my recipe.toml").batch_size == 8
@@ -152,24 +155,28 @@ def test_init_writes_what_fit_would_do(lehr: Lehr, tmp_path: Path) -> None:
     assert plans[0] == plans[1]
     before = (tmp_path / "my recipe.toml").read_bytes()
     again = lehr("init", "digits", "--out", "my recipe.toml")
-    assert again.code == 2 and "exists already, and nothing is overwritten" in again.last
+    assert again.code == 2
+    assert "exists already, and nothing is overwritten" in again.last
     assert (tmp_path / "my recipe.toml").read_bytes() == before
 
 
 def test_init_names_a_place_that_cannot_be_written(lehr: Lehr) -> None:
     """A recipe that cannot be written is a wrong request."""
     said = lehr("init", "digits", "--out", "no/recipe.toml")
-    assert said.code == 2 and "no/recipe.toml: cannot be written" in said.last
+    assert said.code == 2
+    assert "no/recipe.toml: cannot be written" in said.last
 
 
 def test_fit_writes_a_whole_run(run: Path) -> None:
-    """A run holds recipe, plan, picture, environment, journal, weights, card and listing, and nothing half written."""
+    """A run holds recipe, plan, picture, environment, journal, weights, card and listing, and nothing
+    half written."""
     names = {p.name for p in run.iterdir()}
     assert names == {
-        "best.safetensors", "data.json", "environment.json", "journal.jsonl", "model.json", "plan.json", "plan.png",
-        "recipe.toml",
+        "best.safetensors", "data.json", "environment.json", "journal.jsonl", "model.json", "plan.json",
+        "plan.png", "recipe.toml",
     }  # fmt: skip
-    assert journal(run)[0] == "run_started" and journal(run)[-1] == "run_ended"
+    assert journal(run)[0] == "run_started"
+    assert journal(run)[-1] == "run_ended"
     assert load_recipe(run / "recipe.toml").augment == ("shift",)
 
 
@@ -177,21 +184,25 @@ def test_fit_takes_the_next_free_name_and_overwrites_nothing(lehr: Lehr, tmp_pat
     """Runs are numbered; a directory that holds one is refused and stays as it is."""
     for number in (1, 2):
         said = lehr("fit", *QUICK)
-        assert said.code == 0 and said.last == f"next: lehr predict runs/digits-digits_net-{number} IMAGE..."
+        assert said.code == 0
+        assert said.last == f"next: lehr predict runs/digits-digits_net-{number} IMAGE..."
     assert not said.out
     before = (tmp_path / "runs/digits-digits_net-1/journal.jsonl").read_bytes()
     again = lehr("fit", *QUICK, "--out", "runs/digits-digits_net-1")
-    assert again.code == 2 and "holds a run already" in again.last
+    assert again.code == 2
+    assert "holds a run already" in again.last
     assert (tmp_path / "runs/digits-digits_net-1/journal.jsonl").read_bytes() == before
 
 
 def test_fit_compares_with_the_same_network_from_scratch(lehr: Lehr) -> None:
-    """With `--scratch` the same network is trained from nothing for as many updates, and the difference is said."""
+    """With `--scratch` the same network is trained from nothing for as many updates, and the difference
+    is said."""
     said = lehr("fit", "digits", *SHORT, "--scratch", "--tensorboard", "--out", "run")
     assert said.code == 0, said.err
     assert "the same network from scratch, as many updates (12):" in said.err
     assert said.err.count("12 steps") == 4  # both runs say it at the start and at the end
-    assert "valid_accuracy: fine-tuned 0." in said.err and "fine-tuning is " in said.err
+    assert "valid_accuracy: fine-tuned 0." in said.err
+    assert "fine-tuning is " in said.err
     assert len(list(Path("run/tensorboard").glob("events*"))) == 1
 
 
@@ -209,23 +220,30 @@ def test_a_folder_of_images_from_end_to_end(lehr: Lehr, tmp_path: Path) -> None:
     asked = ("--model", model, "--weights", "w.safetensors", "--size", "32", "--workers", "0", *SHORT)
     said = lehr("fit", "bilder", *asked)
     assert said.code == 0, said.err
-    assert "10 to train on, 2 to validate (stratified" in said.err and "crop" not in said.err
-    assert "tensors loaded" in said.err and "of another shape" in said.err
+    assert "10 to train on, 2 to validate (stratified" in said.err
+    assert "crop" not in said.err
+    assert "tensors loaded" in said.err
+    assert "of another shape" in said.err
     folder = f"runs/bilder-{model}-1"
     listing = json.loads(Path(folder, "data.json").read_text("utf-8"))
-    assert len(listing["train"]["paths"]) == 10 and listing["classes"] == ["grün", "rot"]
+    assert len(listing["train"]["paths"]) == 10
+    assert listing["classes"] == ["grün", "rot"]
     rows = json.loads(lehr("predict", folder, "bilder", "--json").out)
-    assert len(rows) == 12 and {entry["class"] for entry in rows[0]["top"]} == {"grün", "rot"}
+    assert len(rows) == 12
+    assert {entry["class"] for entry in rows[0]["top"]} == {"grün", "rot"}
 
 
 def test_classes_of_one_image_train_without_validation(lehr: Lehr, tmp_path: Path) -> None:
-    """Where nothing can be held out, the default recipe asks for no best weights, and a recipe that does is refused."""
+    """Where nothing can be held out, the default recipe asks for no best weights, and a recipe that does
+    is refused."""
     for name in "ab":
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("L", (8, 8), 99).save(tmp_path / "data" / name / "1.png")
     asked = ("fit", "data", "--model", "digits_net", "--out", "run", *SHORT)
     said = lehr(*asked, "--set", "restore_best=true")
-    assert said.code == 2 and "is never measured" in said.last and not (tmp_path / "run").exists()
+    assert said.code == 2
+    assert "is never measured" in said.last
+    assert not (tmp_path / "run").exists()
     said = lehr(*asked, "--scratch")
     assert said.code == 0, said.err
     assert "train_loss: fine-tuned" in said.err
@@ -260,14 +278,17 @@ WRONG = {
 @pytest.mark.parametrize("command", ["plan", "fit"])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_request_is_one_clear_message(wrong: str, command: str, lehr: Lehr, tmp_path: Path) -> None:
-    """What a person got wrong ends with 2 and a message that helps: no traceback, nothing printed, nothing written."""
+    """What a person got wrong ends with 2 and a message that helps: no traceback, nothing printed,
+    nothing written."""
     (tmp_path / "bad.toml").write_text(
         'optimiser = "adamw"\n[[stages]]\nlength = "1 epoch"\ntrain = "all"\nlr = 1.0\n'
     )
     arguments, words = WRONG[wrong]
     said = lehr(command, *arguments)
     assert said.code == 2
-    assert words in said.err and "Traceback" not in said.err and not said.out
+    assert words in said.err
+    assert "Traceback" not in said.err
+    assert not said.out
     assert [p.name for p in tmp_path.iterdir()] == ["bad.toml"]
 
 
@@ -280,7 +301,8 @@ def test_where_to_train_is_checked_before_anything_is_written(
     """A wrong device, precision, number of workers or directory ends with 2 and leaves nothing behind."""
     (tmp_path / "file").touch()
     said = lehr("fit", *QUICK, *option)
-    assert said.code == 2 and "Traceback" not in said.err
+    assert said.code == 2
+    assert "Traceback" not in said.err
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -315,15 +337,20 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> N
 
 
 def test_an_interrupted_run_says_so(lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C ends with 130, the journal's last event says interrupted, and the best weights so far can be used."""
+    """Ctrl-C ends with 130, the journal's last event says interrupted, and the best weights so far can
+    be used."""
     failing(monkeypatch, KeyboardInterrupt(), 8)
     said = lehr("fit", *QUICK, "--out", "run")
-    assert said.code == 130 and said.last == "lehr: interrupted"
+    assert said.code == 130
+    assert said.last == "lehr: interrupted"
     assert "the best weights so far are kept: lehr predict run IMAGE..." in said.err
     assert journal(tmp_path / "run")[-1] == "interrupted"
 
 
-WORKER = 'Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "x.py"\nlehr.errors.DataError: a.jpg: gone'
+WORKER = """Caught DataError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "x.py"
+lehr.errors.DataError: a.jpg: gone"""
 
 
 @pytest.mark.parametrize(
@@ -347,17 +374,21 @@ WORKER = 'Caught DataError in DataLoader worker process 0.\nOriginal Traceback (
 def test_a_failed_run_ends_with_one_line(
     error: Exception, said: str, lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fails after the run has begun ends with 1 and one line that says why; the journal has it, too."""
+    """What fails after the run has begun ends with 1 and one line that says why; the journal has it,
+    too."""
     failing(monkeypatch, error, 3)
     done = lehr("fit", *QUICK, "--out", "run")
     assert done.code == 1
-    assert done.last.startswith("lehr: ") and said in done.last
-    assert "Traceback" not in done.err and done.err.count(said) == 1
+    assert done.last.startswith("lehr: ")
+    assert said in done.last
+    assert "Traceback" not in done.err
+    assert done.err.count(said) == 1
     assert journal(tmp_path / "run")[-1] == "run_failed"
 
 
 def test_a_mistake_in_lehr_keeps_its_traceback(lehr: Lehr, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only a mistake of ours explains is not hidden: it is said to be one, and the traceback follows."""
+    """What only a mistake of ours explains is not hidden: it is said to be one, and the traceback
+    follows."""
     failing(monkeypatch, KeyError("oops"), 3)
     with pytest.raises(KeyError, match="oops"):
         lehr("fit", *QUICK, "--out", "run")
@@ -381,14 +412,16 @@ def test_weights_that_cannot_be_written_end_the_run(
 
     monkeypatch.setattr(weights, "save_file", full)
     said = lehr("fit", *QUICK, "--out", "run")
-    assert said.code == 1 and said.last.startswith("lehr: run/best.safetensors: cannot be written")
+    assert said.code == 1
+    assert said.last.startswith("lehr: run/best.safetensors: cannot be written")
     assert journal(tmp_path / "run")[-1] == "run_failed"
 
 
 def test_published_weights_are_announced_and_their_absence_explained(
     lehr: Lehr, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before weights may have to be fetched that is said; where they cannot be, the message says two ways out."""
+    """Before weights may have to be fetched that is said; where they cannot be, the message says two
+    ways out."""
 
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network")
@@ -397,43 +430,51 @@ def test_published_weights_are_announced_and_their_absence_explained(
     said = lehr("plan", "digits", "--model", "mobilenetv2_100")
     first, second = said.err.splitlines()
     assert first.startswith("mobilenetv2_100: fetching its published weights")
-    assert (
-        said.code == 2
-        and "(no network)" in second
-        and "--weights FILE" in second
-        and "--no-pretrained" in second
-    )
+    assert said.code == 2
+    assert "(no network)" in second
+    assert "--weights FILE" in second
+    assert "--no-pretrained" in second
 
 
-def test_predict_prints_a_table(lehr: Lehr, run: Path, images: Path) -> None:
-    """A row for each image in a folder, in columns; a broken one is a row with its error, and the end is 1."""
+@pytest.mark.usefixtures("images")
+def test_predict_prints_a_table(lehr: Lehr, run: Path) -> None:
+    """A row for each image in a folder, in columns; a broken one is a row with its error, and the end is
+    1."""
     said = lehr("predict", str(run), "images", "--top", "2")
     lines = said.out.splitlines()
     assert [line.split()[0] for line in lines] == ["images/a.png", "images/bad.png", "images/more/é.JPG"]
-    assert lines[0].count("%") == 2 and "error: " in lines[1]
+    assert lines[0].count("%") == 2
+    assert "error: " in lines[1]
     assert lines[0].index("%") == lines[2].index("%")
-    assert said.code == 1 and said.last == "1 image could not be read: see the errors above"
+    assert said.code == 1
+    assert said.last == "1 image could not be read: see the errors above"
 
 
-def test_predict_prints_csv(lehr: Lehr, run: Path, images: Path) -> None:
+@pytest.mark.usefixtures("images")
+def test_predict_prints_csv(lehr: Lehr, run: Path) -> None:
     """`--csv` has a line for each class of each image, under a header that names the columns."""
     rows = list(csv.DictReader(io.StringIO(lehr("predict", str(run), "images", "--csv", "--top", "2").out)))
     assert [row["rank"] for row in rows] == ["1", "2", "", "1", "2"]
-    assert rows[2]["path"] == "images/bad.png" and rows[2]["error"] and not rows[2]["class"]
+    assert rows[2]["path"] == "images/bad.png"
+    assert rows[2]["error"]
+    assert not rows[2]["class"]
     assert {row["class"] for row in rows} <= {"", *"56789"}
     assert float(rows[0]["probability"]) >= float(rows[1]["probability"])
 
 
-def test_predict_prints_json(lehr: Lehr, run: Path, images: Path) -> None:
+@pytest.mark.usefixtures("images")
+def test_predict_prints_json(lehr: Lehr, run: Path) -> None:
     """`--json` is one list, and nothing else on standard output; probabilities of all classes sum to 1."""
     said = lehr(
         "predict", str(run), "images/a.png", "images/more/*.JPG", "images/a.png", "--json", "--top", "5"
     )
     rows = json.loads(said.out)
-    assert said.code == 0 and [row["path"] for row in rows] == ["images/a.png", "images/more/é.JPG"]
+    assert said.code == 0
+    assert [row["path"] for row in rows] == ["images/a.png", "images/more/é.JPG"]
     assert all(sum(entry["probability"] for entry in row["top"]) == pytest.approx(1) for row in rows)
 
 
+@pytest.mark.usefixtures("images")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -446,21 +487,23 @@ def test_predict_prints_json(lehr: Lehr, run: Path, images: Path) -> None:
     ],
 )
 def test_a_wrong_prediction_is_refused(
-    arguments: tuple[str, ...], words: str, lehr: Lehr, run: Path, images: Path, tmp_path: Path
+    arguments: tuple[str, ...], words: str, lehr: Lehr, run: Path, tmp_path: Path
 ) -> None:
     """Paths that mean nothing and options that contradict each other end with 2 and say so."""
     (tmp_path / "empty").mkdir()
     said = lehr("predict", str(run), *arguments)
-    assert said.code == 2 and words in said.err and not said.out and "Traceback" not in said.err
+    assert said.code == 2
+    assert words in said.err
+    assert not said.out
+    assert "Traceback" not in said.err
 
 
-def test_a_run_that_is_none_is_refused(lehr: Lehr, images: Path) -> None:
+@pytest.mark.usefixtures("images")
+def test_a_run_that_is_none_is_refused(lehr: Lehr) -> None:
     """Predicting with something that is no run ends with 2."""
     said = lehr("predict", "images", "images")
-    assert (
-        said.code == 2
-        and said.last == "lehr: images: not a run directory. Expected a directory that lehr fit made"
-    )
+    assert said.code == 2
+    assert said.last == "lehr: images: not a run directory. Expected a directory that lehr fit made"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
@@ -469,7 +512,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     ) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         process.stdout.close()
         said = process.stderr.read()
-    assert process.returncode == 1 and "Traceback" not in said and "Error" not in said
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    assert "Error" not in said

@@ -29,16 +29,16 @@ def test_what_is_known_before_the_first_batch_reads_back(tmp_path: Path) -> None
     assert load_recipe(folder.path / "recipe.toml") == RECIPE
     assert Plan.load(folder.path / "plan.json").hash == plan.hash
     said = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-    assert (said["device"], said["precision"]) == ("cpu", "fp32") and said["versions"][
-        "torch"
-    ] == metadata.version("torch")
+    assert (said["device"], said["precision"]) == ("cpu", "fp32")
+    assert said["versions"]["torch"] == metadata.version("torch")
     assert sorted(p.name for p in folder.path.iterdir()) == ["environment.json", "plan.json", "recipe.toml"]
 
 
 def test_the_environment_names_no_one() -> None:
     """Where a run happened is versions and hardware: no user, host or path."""
     text = json.dumps(environment(arithmetic("cpu")))
-    assert str(Path.home()) not in text and str(Path.cwd()) not in text
+    assert str(Path.home()) not in text
+    assert str(Path.cwd()) not in text
 
 
 def test_weights_are_kept_under_one_name(tmp_path: Path) -> None:
@@ -46,7 +46,8 @@ def test_weights_are_kept_under_one_name(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path)
     folder.save_weights({"a": torch.ones(3)})
     assert torch.equal(read_weights(folder.weights)["a"], torch.ones(3))
-    assert folder.weights.name == "best.safetensors" and folder.weights.stat().st_mode & 0o044 == 0o044
+    assert folder.weights.name == "best.safetensors"
+    assert folder.weights.stat().st_mode & 0o044 == 0o044
 
 
 def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     """A file in the way is an error that names it and says what to do."""
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(RequestError, match="cannot be made: .*; choose another directory"):
+        with pytest.raises(RequestError, match=r"cannot be made: .*; choose another directory"):
             RunFolder.create(path)
 
 

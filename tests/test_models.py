@@ -52,7 +52,8 @@ def test_known_names_are_accepted(name: str) -> None:
     [(SMALL, 3, 32), (SMALL, 1, 32), ("torchvision/squeezenet1_1", 3, 32), ("digits_net", 1, None)],
 )
 def test_a_made_model_classifies_its_own_images(name: str, channels: int, size: int | None) -> None:
-    """A model answers with a number for each class for images as its transform makes them; its head is known."""
+    """A model answers with a number for each class for images as its transform makes them; its head is
+    known."""
     made = make_model(name, 5, pretrained=False, channels=channels, size=size)
     check_fit(made, 5, name)
     assert made.transform.channels == channels
@@ -68,7 +69,8 @@ def test_models_with_side_exits_answer_with_one_output_while_training() -> None:
 
 
 def test_the_digits_network_comes_with_its_weights() -> None:
-    """`digits_net` is pretrained unless asked otherwise: its backbone is the same each time, its head is new."""
+    """`digits_net` is pretrained unless asked otherwise: its backbone is the same each time, its head is
+    new."""
     one, two = (make_model("digits_net", 5, channels=1).module for _ in range(2))
     fresh = make_model("digits_net", 5, channels=1, pretrained=False).module
     assert torch.equal(one.stem[0].weight, two.stem[0].weight)  # type: ignore[union-attr,index,arg-type]
@@ -86,7 +88,8 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
     for name, tensor in made.module.state_dict().items():
         assert name.startswith(head) or torch.equal(tensor, theirs[name]), name
     assert f"{len(theirs) - 2} of the model's {len(theirs)} tensors loaded" in made.notes[0]
-    assert "of another shape" in made.notes[1] and "classifier.weight" in made.notes[1]
+    assert "of another shape" in made.notes[1]
+    assert "classifier.weight" in made.notes[1]
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -99,7 +102,8 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_published_weights_that_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a network, asking for published weights is one clear error that says the two ways out, and no retries' noise."""
+    """Without a network, asking for published weights is one clear error that says the two ways out, and
+    no retries' noise."""
 
     def offline(*_: object, **__: object) -> None:
         logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")

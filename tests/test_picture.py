@@ -44,7 +44,8 @@ def test_a_plan_is_drawn_in_each_format(suffix: str, tmp_path: Path) -> None:
 
 
 def test_the_picture_names_stages_and_groups(tmp_path: Path) -> None:
-    """Each stage with what it trains and each group that has a curve of its own is written in the picture."""
+    """Each stage with what it trains and each group that has a curve of its own is written in the
+    picture."""
     draw_plan(plan_of(HEAD, ALL), tmp_path / "plan.svg")
     text = (tmp_path / "plan.svg").read_text(encoding="utf-8")
     for word in ("head", "all", "4.65 % of parameters", "100 % of parameters", "backbone", "learning rate"):
@@ -52,7 +53,8 @@ def test_the_picture_names_stages_and_groups(tmp_path: Path) -> None:
 
 
 def test_a_long_recipe_and_a_single_step_can_be_drawn(tmp_path: Path) -> None:
-    """Twenty stages, a stage of one step and rates that fall to nothing make a picture of the usual size."""
+    """Twenty stages, a stage of one step and rates that fall to nothing make a picture of the usual
+    size."""
     stages = [Stage("1 steps", train="head", lr=1e-3), *[ALL, HEAD] * 10]
     draw_plan(plan_of(*stages), tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as image:

@@ -52,11 +52,13 @@ def events(folder: Path) -> list[dict[str, object]]:
 
 
 def test_a_loaded_model_is_the_best_one_of_the_run(run: Path) -> None:
-    """On the validation images, the loaded model has the accuracy and the loss that the run wrote for its best epoch."""
+    """On the validation images, the loaded model has the accuracy and the loss that the run wrote for
+    its best epoch."""
     model, transform, classes = lehr.load(run)
     data = open_data("digits")
     assert classes == data.classes == ("5", "6", "7", "8", "9")
-    assert not model.training and transform is not None
+    assert not model.training
+    assert transform is not None
     valid = data.valid(transform.transform)
     images, targets = torch.stack([image for image, _ in valid]), torch.tensor(valid.targets)
     with torch.no_grad():
@@ -72,13 +74,15 @@ def test_a_loaded_model_is_the_best_one_of_the_run(run: Path) -> None:
 def test_the_transform_of_a_run_changes_nothing_at_random(run: Path) -> None:
     """What is kept in a run is the validation transform: the same image gives the same tensor."""
     transform = lehr.load(run).transform
-    assert transform is not None and not transform.augment
+    assert transform is not None
+    assert not transform.augment
     image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     assert torch.equal(transform(image), transform(image))
 
 
 def test_predictions_come_in_order_with_errors_as_rows(run: Path, tmp_path: Path) -> None:
-    """Each path has a prediction, best class first, probabilities that sum to 1; a bad image has its error, once."""
+    """Each path has a prediction, best class first, probabilities that sum to 1; a bad image has its
+    error, once."""
     paths: list[Path] = []
     for number in range(40):  # more than one batch
         paths.append(tmp_path / f"{number}.png")
@@ -103,11 +107,14 @@ def test_more_classes_than_there_are_is_all_of_them(run: Path, tmp_path: Path) -
 
 
 def test_a_run_of_ones_own_model_is_loaded_into_it(own: tuple[Path, nn.Module]) -> None:
-    """`lehr.load(run, model=...)` fills a model that lehr cannot make; there is no transform and there are no classes."""
+    """`lehr.load(run, model=...)` fills a model that lehr cannot make; there is no transform and there
+    are no classes."""
     folder, trained = own
     empty = nn.Linear(4, 2)
     model, transform, classes = lehr.load(folder, model=empty)
-    assert model is empty and transform is None and classes == ()
+    assert model is empty
+    assert transform is None
+    assert classes == ()
     assert torch.equal(empty.weight, read_weights(folder / "best.safetensors")["weight"])
     assert torch.equal(empty.weight, trained.weight)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=r"lehr\.load\(.*model=\.\.\.\)"):
@@ -127,7 +134,8 @@ def test_a_run_of_ones_own_model_is_loaded_into_it(own: tuple[Path, nn.Module]) 
 def test_another_model_is_refused_and_unchanged(
     own: tuple[Path, nn.Module], model: nn.Module, said: str
 ) -> None:
-    """A model that is not the one of the run is an error that says how they differ, and keeps its weights."""
+    """A model that is not the one of the run is an error that says how they differ, and keeps its
+    weights."""
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(WeightsError, match=rf"best\.safetensors: does not fit the model: .*{said}"):
         lehr.load(own[0], model=model)

@@ -31,11 +31,13 @@ def same(a: nn.Module, b: nn.Module, *, but: tuple[str, ...] = ()) -> bool:
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".th", ".bin", ".safetensors"])
 def test_every_ending_is_read(suffix: str, tmp_path: Path) -> None:
-    """A file that torch.save wrote under any name, and safetensors, come back as the same tensors by name."""
+    """A file that torch.save wrote under any name, and safetensors, come back as the same tensors by
+    name."""
     state, path = net().state_dict(), tmp_path / f"w{suffix}"
     write_weights(state, path) if suffix == ".safetensors" else torch.save(state, path)
     found = read_weights(path)
-    assert list(found) and set(found) == set(state)
+    assert list(found)
+    assert set(found) == set(state)
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
@@ -57,11 +59,14 @@ def test_a_common_prefix_is_taken_off(prefix: str) -> None:
     state = {prefix + name: tensor for name, tensor in trained.state_dict().items()}
     fitted = load_weights(fresh, {**state, "teacher.queue": torch.zeros(2)}, head=("head",))
     assert same(fresh, trained)
-    assert not fitted.missing and not fitted.other_shape and fitted.unknown == ("teacher.queue",)
+    assert not fitted.missing
+    assert not fitted.other_shape
+    assert fitted.unknown == ("teacher.queue",)
 
 
 def test_another_head_is_left_as_initialised() -> None:
-    """A head of other classes is no error: its tensors are named, the rest is loaded, and the new head keeps its values."""
+    """A head of other classes is no error: its tensors are named, the rest is loaded, and the new head
+    keeps its values."""
     trained, fresh = net(10), net(3)
     before = fresh.head.weight.clone()  # type: ignore[union-attr,operator]
     fitted = load_weights(fresh, trained.state_dict(), head=("head",))
@@ -69,16 +74,19 @@ def test_another_head_is_left_as_initialised() -> None:
     assert torch.equal(fresh.head.weight, before)  # type: ignore[arg-type]
     assert same(fresh, trained, but=("head",))
     assert fitted.lines()[0] == "9 of the model's 11 tensors loaded"
-    assert "2 tensors of another shape" in fitted.lines()[1] and "head.weight" in fitted.lines()[1]
+    assert "2 tensors of another shape" in fitted.lines()[1]
+    assert "head.weight" in fitted.lines()[1]
 
 
 def test_what_did_not_fit_is_listed() -> None:
-    """Missing and superfluous tensors are counted and named in a line each; batch-norm's counters are not worth one."""
+    """Missing and superfluous tensors are counted and named in a line each; batch-norm's counters are
+    not worth one."""
     state = net().state_dict()
     del state["body.bias"], state["stem.1.num_batches_tracked"]
     state["extra.weight"] = torch.zeros(1)
     fitted = load_weights(net(), state, head=("head",))
-    assert fitted.missing == ("body.bias",) and fitted.unknown == ("extra.weight",)
+    assert fitted.missing == ("body.bias",)
+    assert fitted.unknown == ("extra.weight",)
     assert len(fitted.lines()) == 3
 
 
@@ -111,7 +119,8 @@ def test_a_fit_by_chance_is_refused() -> None:
 
 
 def test_a_chance_match_below_a_long_prefix_renames_nothing() -> None:
-    """One tensor that happens to fit somewhere deep in the file does not make its path the file's prefix."""
+    """One tensor that happens to fit somewhere deep in the file does not make its path the file's
+    prefix."""
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)))
     state = {"module.layer3.0.5.bias": torch.ones(3), "module.conv1.weight": torch.ones(2)}
     with pytest.raises(WeightsError, match=r"module\.layer3\.0\.5\.bias, module\.conv1\.weight"):
@@ -147,7 +156,8 @@ def test_damaged_files_are_one_clear_error(name: str, content: bytes, tmp_path: 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(WeightsError) as caught:
         read_weights(tmp_path / name)
-    assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
@@ -176,7 +186,8 @@ def test_what_shares_memory_is_written_under_each_name(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a file cannot be written, that is said in one line, the old one stays whole, and nothing half is left."""
+    """Where a file cannot be written, that is said in one line, the old one stays whole, and nothing
+    half is left."""
     path = tmp_path / "w.safetensors"
     write_weights({"a": torch.ones(2)}, path)
     before = path.read_bytes()

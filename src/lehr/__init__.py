@@ -1,7 +1,8 @@
-"""lehr: fine-tune PyTorch models in stages - freeze, warm up, thaw, anneal - along a plan that exists before the first batch.
+"""lehr: fine-tune PyTorch models in stages - freeze, warm up, thaw, anneal - along a plan that exists
+before the first batch.
 
-The names below are all that is public. They are looked up when they are used, so that `import lehr` loads neither torch nor anything
-else that is slow.
+The names below are all that is public. They are looked up when they are used, so that `import lehr` loads
+neither torch nor anything else that is slow.
 """
 
 from __future__ import annotations

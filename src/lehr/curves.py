@@ -1,9 +1,9 @@
 """Schedules over steps: parts joined one after another, resolved to whole steps, and evaluated.
 
-A `Schedule` is a sequence of parts; a part is a shape (`shapes.py`), a length, and whether it is counted in steps or
-in epochs. `over(...)` resolves the lengths and gives a `Curve`, which is called with a step, or an array of steps.
-A schedule prints as what you would type; `notation.py` reads that back. This file must not know what a stage, a
-group or a rate is, nor how schedules are made (`schedules.py`).
+A `Schedule` is a sequence of parts; a part is a shape (`shapes.py`), a length, and whether it is counted in
+steps or in epochs. `over(...)` resolves the lengths and gives a `Curve`, which is called with a step, or an
+array of steps. A schedule prints as what you would type; `notation.py` reads that back. This file must not
+know what a stage, a group or a rate is, nor how schedules are made (`schedules.py`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Parts, one after another; each sees its own local step. Made by `cosine(...)` and its like, joined with `>>`."""
+    """Parts, one after another; each sees its own local step. Made by `cosine(...)` and its like, joined
+    with `>>`.
+    """
 
     parts: tuple[Part, ...]
 
@@ -57,11 +59,13 @@ class Schedule:
         if not isinstance(after, Schedule):
             return NotImplemented
         joined = Schedule(self.parts + after.parts)
-        open_ended = [str(part) for part in joined.parts if part.length is None]
+        open_ended = [part for part in joined.parts if part.length is None]
         if len(open_ended) > 1:
+            first, second = open_ended[:2]
+            example = replace(first, length=Duration.parse("50%"))
             raise ScheduleError(
-                f"{joined}: {open_ended[0]} and {open_ended[1]} both take what the others leave; "
-                f'give all but one a length, for example {open_ended[0][:-1].rstrip("(") + ("(" if open_ended[0].endswith("()") else ", ")}length="50%")'
+                f"{joined}: {first} and {second} both take what the others leave; "
+                f"give all but one a length, for example {example}"
             )
         return joined
 
@@ -69,7 +73,8 @@ class Schedule:
         """The schedule over `steps` updates, of which `steps_per_epoch` make an epoch.
 
         Raises:
-            ScheduleError: where the parts take more than `steps`, or a length needs `steps_per_epoch` and there is none.
+            ScheduleError: where the parts take more than `steps`, or a length needs `steps_per_epoch` and
+                there is none.
 
         Example:
             >>> curve = (warmup("10%") >> cosine()).over(steps=100)
@@ -121,8 +126,8 @@ class Segment:
 class Curve:
     """A schedule over a known number of steps: call it with a step or an integer array of steps.
 
-    `curve(t)` is the factor that update t (0-based) uses, in float64, by the closed form; the same for an int and for an array.
-    From `steps` on it stays where the last part ended: it never rises again.
+    `curve(t)` is the factor that update t (0-based) uses, in float64, by the closed form; the same for an
+    int and for an array. From `steps` on it stays where the last part ended: it never rises again.
 
     Raises:
         ScheduleError: for a step below 0 or a position that is no whole number.
@@ -172,6 +177,7 @@ class Curve:
     @overload
     def __call__(self, step: np.ndarray) -> Array: ...
     def __call__(self, step: int | np.ndarray) -> float | Array:
+        """The factor at a step, or at each of an array of steps."""
         steps = np.asarray(step)
         if steps.dtype.kind not in "iu" or (steps.size and steps.min() < 0):
             raise ScheduleError(
@@ -191,7 +197,9 @@ class Curve:
 
     @property
     def end(self) -> float:
-        """The factor at every step from `steps` on; 1 where no part got a step, such as a warm-up of zero steps."""
+        """The factor at every step from `steps` on; 1 where no part got a step, such as a warm-up of zero
+        steps.
+        """
         return self.segments[-1].end if self.segments else 1.0
 
 

@@ -170,8 +170,8 @@ _ABOUT = {
     "accumulate": "Batches whose gradients make one step.",
 }
 _STAGES = (
-    "The stages: how long (in epochs or steps), what trains, and its peak rate, or one for each pattern. "
-    "All else is frozen. A stage may have its own schedule, batch_size, accumulate, weight_decay, "
+    "The stages: how long (in epochs or steps), what trains (patterns; one with a ! takes away), and its "
+    "peak rate, or one for each pattern. All else is frozen. A stage may have its own schedule, batch_size, accumulate, weight_decay, "
     "layer_decay, restore_best."
 )
 _MORE = (

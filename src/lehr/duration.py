@@ -1,4 +1,6 @@
-"""Lengths of time with a unit, and the one rule that turns them into whole steps. It knows nothing of schedules or stages."""
+"""Lengths of time with a unit, and the one rule that turns them into whole steps. It knows nothing of
+schedules or stages.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ _UNITS: dict[str, Unit] = {
 class Duration:
     """A length of time: an exact amount and its unit.
 
-    `"5 epochs"` (a fraction of an epoch is allowed), `"400 steps"` (whole), `"10%"` (of the thing that it is part of, 0 to 100).
+    `"5 epochs"` (a fraction of an epoch is allowed), `"400 steps"` (whole), `"10%"` (of the thing that it
+    is part of, 0 to 100).
 
     Raises:
         DurationError: for a bare number, an unknown unit, a negative amount, part of a step, more than 100 %.

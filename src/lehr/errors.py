@@ -12,7 +12,8 @@ LehrError                      anything lehr says no to
 └── RunError                   the run failed after it had begun; the command line exits with 1
     └── NonFiniteError         the loss or the gradients became NaN or infinite
 
-Every message says what was found and where, what was expected, the nearest right thing where there is one, and how to mend it.
+Every message says what was found and where, what was expected, the nearest right thing where there is one,
+and how to mend it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class NonFiniteError(RunError):
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
-    """The end of a sentence that names the known words nearest to `word`: ``; did you mean "cosine"?``, or a full stop.
+    """The end of a sentence that names the known words nearest to `word`: ``; did you mean "cosine"?``, or
+    a full stop.
 
     >>> nearest("cosin", ["cosine", "linear"])
     '; did you mean "cosine"?'

@@ -1,7 +1,7 @@
 """Reads a schedule as a person writes it: the text that it prints as, or the small table of a TOML recipe.
 
-The text is parsed as an expression and walked; only the constructors of `schedules.py`, `>>`, texts, numbers and lists are
-understood. Nothing is ever evaluated.
+The text is parsed as an expression and walked; only the constructors of `schedules.py`, `>>`, texts,
+numbers and lists are understood. Nothing is ever evaluated.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ _LONGEST = 2000
 
 
 def read_schedule(written: object, *, where: str = "schedule") -> Schedule:
-    """A schedule from a `Schedule`, its text, or a table such as `{ warmup = "5%", shape = "cosine", floor = 0.01 }`.
+    """A schedule from a `Schedule`, its text, or a table such as `{ warmup = "5%", shape = "cosine", floor
+    = 0.01 }`.
 
-    A table holds `warmup` (a duration) with `start` and `curve`, then `hold` (a duration), then `shape` (the name of a constructor)
-    with the keywords of that constructor; each of the three may be left out, `shape` then is constant.
+    A table holds `warmup` (a duration) with `start` and `curve`, then `hold` (a duration), then `shape`
+    (the name of a constructor) with the keywords of that constructor; each of the three may be left out,
+    `shape` then is constant.
 
     Raises:
         ScheduleError: for anything else, naming `where`.

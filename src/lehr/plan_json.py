@@ -1,4 +1,6 @@
-"""A plan as a file: canonical JSON, its hash, and a strict reader. It handles plain values and must not know what a plan means."""
+"""A plan as a file: canonical JSON, its hash, and a strict reader. It handles plain values and must not
+know what a plan means.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _LARGEST = 256 * 2**20
 
 
 def content_hash(plain: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of everything that has an effect: sorted keys, shortest floats that round-trip.
+    """SHA-256 of the canonical JSON of everything that has an effect: sorted keys, shortest floats that
+    round-trip.
 
     >>> content_hash({"b": 1.0, "a": 2, "notes": ["x"]}) == content_hash({"a": 2, "b": 1.0})
     True

@@ -1,4 +1,6 @@
-"""A plan as a page that a person reads: stages, what trains, rates, unit conversions, notes. Only words; it computes nothing new."""
+"""A plan as a page that a person reads: stages, what trains, rates, unit conversions, notes. Only words; it
+computes nothing new.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def _stages(plan: Plan, total: int) -> str:
                 f"{len(plan.trainable(stage))} tensors",
                 f"{trained:,}",
                 _share(trained, total),
-            )  # fmt: skip
+            )
         )
     return "Stages\n" + _table(
         ("", "trains", "steps", "count", "epochs", "batch", "tensors", "parameters", "share"),

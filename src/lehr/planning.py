@@ -1,7 +1,8 @@
 """Recipe + facts -> Plan: everything resolved before the first batch. Pure: no torch, no files, no clock.
 
-`resolve` turns words into numbers; a `Plan` is a value whose step `plan[t]` depends on `t` alone. In it there is no pattern, no
-percentage and no None. How it is printed is in `plan_text.py`; how it is applied to a model, in `run/`.
+`resolve` turns words into numbers; a `Plan` is a value whose step `plan[t]` depends on `t` alone. In it
+there is no pattern, no percentage and no None. How it is printed is in `plan_text.py`; how it is applied to
+a model, in `run/`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from lehr.shapes import Array
 class Step:
     """One optimizer update: what trains and how fast.
 
-    `index` is 0-based over the run, `epoch` counts passes over the data from 0 (a stage begins a new one), `trainable` are
-    parameter names, `lr` and `weight_decay` have one number for each group of the plan: 0.0 where the group is frozen.
+    `index` is 0-based over the run, `epoch` counts passes over the data from 0 (a stage begins a new one),
+    `trainable` are parameter names, `lr` and `weight_decay` have one number for each group of the plan: 0.0
+    where the group is frozen.
     """
 
     index: int
@@ -45,7 +47,9 @@ class Step:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage in numbers: the half-open steps [start, stop), its batches, its curve, and what trains at which peak."""
+    """A stage in numbers: the half-open steps [start, stop), its batches, its curve, and what trains at
+    which peak.
+    """
 
     index: int
     label: str
@@ -86,9 +90,9 @@ class PlannedStage:
 class Plan:
     """A whole run in numbers. `plan[t]` is a pure function of `t`; iteration gives the steps in order.
 
-    `groups` maps each group to its parameter names: disjoint, over everything that any stage trains, the same for the whole
-    run. `parameters` maps every parameter of the model to its number of scalars. `clip_norm` and `patience` are infinite and
-    `ema` is 0.0 where there is none.
+    `groups` maps each group to its parameter names: disjoint, over everything that any stage trains, the
+    same for the whole run. `parameters` maps every parameter of the model to its number of scalars.
+    `clip_norm` and `patience` are infinite and `ema` is 0.0 where there is none.
 
     Example:
         >>> from lehr.recipe import Recipe, Stage
@@ -170,7 +174,9 @@ class Plan:
                 yield from self.steps(start, stop, stage)
 
     def steps(self, start: int, stop: int, stage: PlannedStage) -> Iterator[Step]:
-        """The steps of the half-open range [start, stop), which lies within `stage`; as `plan[t]`, only faster."""
+        """The steps of the half-open range [start, stop), which lies within `stage`; as `plan[t]`, only
+        faster.
+        """
         here = slice(start - stage.start, stop - stage.start)
         rates = self._rates(stage)
         columns = [rates[group][here].tolist() for group in self.groups]
@@ -217,7 +223,8 @@ class Plan:
         """Read a plan that `save` wrote.
 
         Raises:
-            RecipeError: where the file cannot be read, is of another format, or was changed after it was written.
+            RecipeError: where the file cannot be read, is of another format, or was changed after it was
+                written.
         """
         plain = plan_json.read(path)
         try:
@@ -253,8 +260,8 @@ _FOLLOWS_LATE = {"rprop": "at its first step only, so no schedule moves it", "as
 
 
 def batches_in(samples: int, batch_size: int) -> int:
-    """Batches in one pass over `samples`: all are used, the last may be short; a lone last sample joins the batch before it,
-    since a batch of one has no batch statistics.
+    """Batches in one pass over `samples`: all are used, the last may be short; a lone last sample joins the
+    batch before it, since a batch of one has no batch statistics.
 
     >>> batches_in(100, 32), batches_in(97, 32), batches_in(1, 32)
     (4, 3, 1)
@@ -270,7 +277,8 @@ def resolve(recipe: Recipe, facts: ModelFacts, *, samples: int, batches: int | N
         recipe: what the person wrote.
         facts: from `lehr.inspect(model)`.
         samples: training samples in one epoch, 1 or more.
-        batches: batches in one epoch where a data loader has decided them; computed from `samples` where it is not given.
+        batches: batches in one epoch where a data loader has decided them; computed from `samples` where it
+            is not given.
 
     Raises:
         RecipeError: (or one of its kinds) for anything that cannot be, naming the stage and the key.
@@ -346,7 +354,9 @@ def _stage_settings(recipe: Recipe, stage: Stage, index: int, facts: ModelFacts)
 
 
 def _no_decay(recipe: Recipe, facts: ModelFacts) -> frozenset[str]:
-    """What weight decay leaves alone. A model without norms or biases is no mistake here; a pattern that matches nothing is."""
+    """What weight decay leaves alone. A model without norms or biases is no mistake here; a pattern that
+    matches nothing is.
+    """
     names = {
         p.name
         for p in facts.parameters
@@ -361,7 +371,9 @@ def _batch(recipe: Recipe, stage: Stage) -> tuple[int, int]:
 
 
 def _rate_scale(recipe: Recipe, stage: Stage) -> float:
-    """The linear learning-rate rule: k times the samples a step, k times the rate (Goyal et al. 2017, section 2.1)."""
+    """The linear learning-rate rule: k times the samples a step, k times the rate (Goyal et al. 2017,
+    section 2.1).
+    """
     if recipe.lr_rule == "fixed":
         return 1.0
     batch_size, accumulate = _batch(recipe, stage)
@@ -452,7 +464,9 @@ def _notes(
     groups: Mapping[str, tuple[str, ...]],
     samples: int,
 ) -> tuple[str, ...]:
-    """What a person should know before paying for the run. `samples` is 0 where a data loader makes the batches."""
+    """What a person should know before paying for the run. `samples` is 0 where a data loader makes the
+    batches.
+    """
     notes = list(facts.understood)
     trained = {name for names in groups.values() for name in names}
     never = [p.name for p in facts.parameters if p.name not in trained and not p.frozen_by_hand]

@@ -1,7 +1,8 @@
 """What a person writes: `Recipe` and `Stage`, frozen and validated, and the strict TOML reader.
 
-A recipe is words: durations keep their units, patterns stay patterns, a percentage stays one. Nothing here knows a model or how
-much data there is; `planning.py` brings them together. Every mistake is a `RecipeError` that names the place.
+A recipe is words: durations keep their units, patterns stay patterns, a percentage stays one. Nothing here
+knows a model or how much data there is; `planning.py` brings them together. Every mistake is a
+`RecipeError` that names the place.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def _optimizer(said: object) -> str | dict[str, Any]:
 
 
 def _setting(key: str, value: object) -> object:
-    """A keyword of the optimizer as TOML and JSON hold it: a tuple is a list, and there is no None and no infinity."""
+    """A keyword of the optimizer as TOML and JSON hold it: a tuple is a list, and there is no None and no
+    infinity.
+    """
     if isinstance(value, (list, tuple)):
         return [_setting(key, item) for item in value]
     if isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
@@ -169,20 +172,26 @@ class Recipe:
 
     Args:
         stages: one or more `Stage`s, in order.
-        optimizer: the name of a `torch.optim` class in any case, or a table with `name` and the class's own keywords.
-        schedule: the curve of every stage that has none of its own; each stage runs through it from the start.
+        optimizer: the name of a `torch.optim` class in any case, or a table with `name` and the class's own
+            keywords.
+        schedule: the curve of every stage that has none of its own; each stage runs through it from the
+            start.
         batch_size, accumulate, weight_decay, layer_decay, restore_best: as in `Stage`.
         no_decay: patterns of parameters that weight decay leaves alone; norms and biases by default.
         min_lr: an absolute lowest rate: rate = min_lr + (peak - min_lr) * factor; at most the smallest peak.
-        lr_rule: `"fixed"`: rates are as written. `"linear"`: they are meant for the recipe's `batch_size * accumulate`, and a stage
-            with k times as many samples a step gets k times the rate (Goyal et al. 2017).
+        lr_rule: `"fixed"`: rates are as written. `"linear"`: they are meant for the recipe's `batch_size *
+            accumulate`, and a stage with k times as many samples a step gets k times the rate (Goyal et al.
+            2017).
         clip_norm: the largest global norm of the gradients; None does not clip.
-        ema: the decay of an exponential moving average of the weights, from 0 (excluded) to 1; it is what is validated and kept.
+        ema: the decay of an exponential moving average of the weights, from 0 (excluded) to 1; it is what
+            is validated and kept.
         label_smoothing: for the built-in cross-entropy, 0 to 1.
         seed: of the order of the data, the augmentation, dropout and a new head.
         monitor: what "best" means: a metric by name such as `"valid_loss"` or `"valid_accuracy"`.
-        patience: stop after so many epochs of the last stage without a new best, `"3 epochs"`; None does not stop early.
-        augment: names of random changes for images that lehr reads (see `lehr.data`); refused with a data set of your own.
+        patience: stop after so many epochs of the last stage without a new best, `"3 epochs"`; None does
+            not stop early.
+        augment: names of random changes for images that lehr reads (see `lehr.data`); refused with a data
+            set of your own.
 
     Example:
         >>> Recipe(stages=[Stage("1 epoch", train="all", lr=1e-3)]).optimizer
@@ -259,7 +268,8 @@ def load_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a TOML file, with `settings` such as `"stages.0.lr=1e-3"` laid over it.
 
     Raises:
-        RecipeError: where the file cannot be read, is no TOML, or says something that cannot be, naming file and key.
+        RecipeError: where the file cannot be read, is no TOML, or says something that cannot be, naming
+            file and key.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

@@ -1,4 +1,5 @@
-"""The schedules that a person writes: `warmup("5%") >> cosine(floor=0.01)`. Each function makes a `Schedule` of one part.
+"""The schedules that a person writes: `warmup("5%") >> cosine(floor=0.01)`. Each function makes a
+`Schedule` of one part.
 
     (warmup("5%") >> cosine(floor=0.01)).over(steps=10_000)(0)
 
@@ -21,9 +22,10 @@ from lehr.shapes import Anneal, Curvature, Shape
 def cosine(floor: float = 0.0, *, length: str | None = None, per: Per = "step") -> Schedule:
     """Cosine annealing: floor + (1 - floor) * (1 + cos(pi * s / n)) / 2.
 
-    From 1 at s = 0 to `floor` at s = n, and `floor` ever after. With lr = peak * factor and lr_min = peak * floor this is
-    lr_min + (lr_max - lr_min) / 2 * (1 + cos(pi T / T_max)), eq. 5 of Loshchilov & Hutter, "SGDR", 2017, and equals torch's
-    `CosineAnnealingLR(T_max=n, eta_min=peak * floor)` at steps 0 to n; torch's rises again after n, this does not.
+    From 1 at s = 0 to `floor` at s = n, and `floor` ever after. With lr = peak * factor and lr_min = peak *
+    floor this is lr_min + (lr_max - lr_min) / 2 * (1 + cos(pi T / T_max)), eq. 5 of Loshchilov & Hutter,
+    "SGDR", 2017, and equals torch's `CosineAnnealingLR(T_max=n, eta_min=peak * floor)` at steps 0 to n;
+    torch's rises again after n, this does not.
 
     Args:
         floor: the last factor, a share of the peak from 0 to 1.
@@ -43,8 +45,9 @@ def warmup(
 ) -> Schedule:
     """Warm-up over W steps: a + (1 - a) * (s / W)**p, with p = 1 (`"linear"`) or 2 (`"quadratic"`).
 
-    `start` is a; it defaults to 1 / (W + 1), so that the first update is never wasted at rate 0 and the peak comes exactly at the
-    seam, s = W. With `start` given it equals torch's `LinearLR(start_factor=a, total_iters=W)`. Zero steps is no warm-up.
+    `start` is a; it defaults to 1 / (W + 1), so that the first update is never wasted at rate 0 and the
+    peak comes exactly at the seam, s = W. With `start` given it equals torch's `LinearLR(start_factor=a,
+    total_iters=W)`. Zero steps is no warm-up.
 
     Example:
         >>> (warmup("3 steps") >> constant()).over(steps=5)(np.arange(5))
@@ -84,7 +87,8 @@ def hold(length: str) -> Schedule:
 
 
 def polynomial(power: float, floor: float = 0.0, *, length: str | None = None, per: Per = "step") -> Schedule:
-    """floor + (1 - floor) * (1 - s / n)**power; with floor 0 torch's `PolynomialLR(total_iters=n, power=power)`.
+    """floor + (1 - floor) * (1 - s / n)**power; with floor 0 torch's `PolynomialLR(total_iters=n,
+    power=power)`.
 
     Example:
         >>> polynomial(2).over(steps=4)(np.arange(5))
@@ -94,7 +98,8 @@ def polynomial(power: float, floor: float = 0.0, *, length: str | None = None, p
 
 
 def exponential(floor: float, *, length: str | None = None, per: Per = "step") -> Schedule:
-    """floor ** (s / n): each step the same ratio; torch's `ExponentialLR(gamma=floor ** (1 / n))`. `floor` is above 0.
+    """floor ** (s / n): each step the same ratio; torch's `ExponentialLR(gamma=floor ** (1 / n))`. `floor`
+    is above 0.
 
     Example:
         >>> exponential(0.25).over(steps=2)(np.arange(3))
@@ -106,7 +111,8 @@ def exponential(floor: float, *, length: str | None = None, per: Per = "step") -
 def step_decay(
     at: Sequence[str], by: float = 0.1, *, length: str | None = None, per: Per = "step"
 ) -> Schedule:
-    """Multiply by `by` at each of the durations `at`, counted from the start of the part; torch's `MultiStepLR`.
+    """Multiply by `by` at each of the durations `at`, counted from the start of the part; torch's
+    `MultiStepLR`.
 
     Example:
         >>> step_decay(at=["1 step", "3 steps"]).over(steps=4)(np.arange(4)).round(6)
@@ -132,8 +138,9 @@ def one_cycle(
 ) -> Schedule:
     """The 1cycle policy (Smith & Topin 2018): from `start` up to the peak in `up`, then down to `end`.
 
-    The shares are torch's defaults (div_factor 25, final_div_factor 1e4). torch puts the lowest rate on its last step and counts
-    the peak one step early: with W = `up` in steps, n steps here equal `OneCycleLR(total_steps=n + 1, pct_start=(W + 1) / (n + 1))`.
+    The shares are torch's defaults (div_factor 25, final_div_factor 1e4). torch puts the lowest rate on its
+    last step and counts the peak one step early: with W = `up` in steps, n steps here equal
+    `OneCycleLR(total_steps=n + 1, pct_start=(W + 1) / (n + 1))`.
 
     Example:
         >>> one_cycle("50%", curve="linear", start=0.5, end=0.0).over(steps=4)(np.arange(5))
@@ -153,9 +160,11 @@ def restarts(
     length: str | None = None,
     per: Per = "step",
 ) -> Schedule:
-    """Warm restarts (SGDR): cycles of `shape`, the first `first` long, each `grow` times the one before, peaks times `decay`.
+    """Warm restarts (SGDR): cycles of `shape`, the first `first` long, each `grow` times the one before,
+    peaks times `decay`.
 
-    With decay 1 it equals torch's `CosineAnnealingWarmRestarts(T_0=first, T_mult=grow)` while it runs; past its end it stays.
+    With decay 1 it equals torch's `CosineAnnealingWarmRestarts(T_0=first, T_mult=grow)` while it runs; past
+    its end it stays.
 
     Args:
         first: the length of the first cycle.

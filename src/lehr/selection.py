@@ -1,7 +1,8 @@
 """Patterns and roles over parameter names: which parameters does a word mean?
 
-What lehr knows of a model is a value here (`ModelFacts`), made by `lehr.inspect` and readable without torch. Everything in this
-file is a pure function of such facts; it must not know what a stage, a rate or a tensor is.
+What lehr knows of a model is a value here (`ModelFacts`), made by `lehr.inspect` and readable without
+torch. Everything in this file is a pure function of such facts; it must not know what a stage, a rate or a
+tensor is.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _GLOB = re.compile(r"[*?\[]")
 class ParameterFacts:
     """One parameter of a model, by its first name.
 
-    `layer` counts from 0 at the input to `ModelFacts.layers - 1` at the head; `frozen_by_hand` is True where `requires_grad`
-    was already False when the model was looked at; `aliases` are the other names of a tied weight.
+    `layer` counts from 0 at the input to `ModelFacts.layers - 1` at the head; `frozen_by_hand` is True
+    where `requires_grad` was already False when the model was looked at; `aliases` are the other names of a
+    tied weight.
     """
 
     name: str
@@ -48,9 +50,10 @@ class ParameterFacts:
 class ModelFacts:
     """What lehr understood of a model, as plain values.
 
-    `parameters` in the model's own order; `head` the module paths (or parameter names) of its classifier, `()` when none was
-    recognised; `blocks` the module paths of its repeated blocks from input to output, each entry the paths that make one block;
-    `understood` one sentence on how each was found, for the plan to print.
+    `parameters` in the model's own order; `head` the module paths (or parameter names) of its classifier,
+    `()` when none was recognised; `blocks` the module paths of its repeated blocks from input to output,
+    each entry the paths that make one block; `understood` one sentence on how each was found, for the plan
+    to print.
     """
 
     name: str
@@ -96,11 +99,13 @@ class Selection:
 
 
 def select(patterns: str | Sequence[str], facts: ModelFacts, *, where: str = "selection") -> Selection:
-    """The parameters that `patterns` mean: the union, each once, in the model's order; `"!norm"` takes away again.
+    """The parameters that `patterns` mean: the union, each once, in the model's order; `"!norm"` takes away
+    again.
 
-    A pattern is a role (`"head"`, `"backbone"`, `"norm"`, `"bias"`, `"all"`, `"last 2 blocks"`), a module path or a parameter name
-    (`"layer4"`, `"fc.weight"`), or a glob over either (`"blocks.1?.*"`; `*` crosses dots). A role wins over a module of the
-    same name: write `"norm.*"` for a module called `norm`. `"all"` leaves out what was frozen by hand; every other pattern names it.
+    A pattern is a role (`"head"`, `"backbone"`, `"norm"`, `"bias"`, `"all"`, `"last 2 blocks"`), a module
+    path or a parameter name (`"layer4"`, `"fc.weight"`), or a glob over either (`"blocks.1?.*"`; `*`
+    crosses dots). A role wins over a module of the same name: write `"norm.*"` for a module called `norm`.
+    `"all"` leaves out what was frozen by hand; every other pattern names it.
 
     Raises:
         SelectionError: for a pattern that matches nothing, with the nearest names, and where nothing is left.
@@ -139,7 +144,8 @@ def partition(
     """The one pattern that each of `names` belongs to: disjoint and total.
 
     Raises:
-        SelectionError: where two patterns claim one parameter, none does, or a pattern claims nothing of `names`.
+        SelectionError: where two patterns claim one parameter, none does, or a pattern claims nothing of
+            `names`.
     """
     wanted = dict.fromkeys(names)
     owner: dict[str, str] = {}

@@ -1,8 +1,9 @@
 """The closed forms: each shape is a pure function of the local position `s` of `n`, in float64.
 
-`values(s, n, unit)` takes an array of positions 0 <= s <= n (position n is where the shape ended) and returns factors of the peak
-rate. `unit(duration, n)` turns a duration that a shape carries (`step_decay(at=...)`) into positions; a share is one of `n`. Positions are steps, or epochs for a
-part with `per="epoch"`; the shapes cannot tell. This file must not know how parts are joined.
+`values(s, n, unit)` takes an array of positions 0 <= s <= n (position n is where the shape ended) and
+returns factors of the peak rate. `unit(duration, n)` turns a duration that a shape carries
+(`step_decay(at=...)`) into positions; a share is one of `n`. Positions are steps, or epochs for a part with
+`per="epoch"`; the shapes cannot tell. This file must not know how parts are joined.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Cosine:
         _share("cosine", "floor", self.floor)
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002 - one signature for all shapes
+        """Factors at positions `s` of `n`, as the class says."""
         return self.floor + (1.0 - self.floor) * ((1.0 + np.cos(np.pi * s / n)) / 2.0)
 
 
@@ -78,6 +80,7 @@ class Warmup:
         _one_of("warmup", "curve", self.curve, ("linear", "quadratic"))
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+        """Factors at positions `s` of `n`, as the class says."""
         start = 1.0 / (n + 1) if self.start is None else self.start
         x = s / n
         return start + (1.0 - start) * (x if self.curve == "linear" else x * x)
@@ -94,6 +97,7 @@ class Linear:
         _share("linear", "floor", self.floor)
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+        """Factors at positions `s` of `n`, as the class says."""
         return self.floor + (1.0 - self.floor) * (1.0 - s / n)
 
 
@@ -110,6 +114,7 @@ class Polynomial:
         _number("polynomial", "power", self.power, 5e-324, "a number above 0 (1 is linear)")
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+        """Factors at positions `s` of `n`, as the class says."""
         return self.floor + (1.0 - self.floor) * (1.0 - s / n) ** self.power
 
 
@@ -128,6 +133,7 @@ class Exponential:
             )
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+        """Factors at positions `s` of `n`, as the class says."""
         return np.asarray(self.floor ** (s / n), dtype=np.float64)
 
 
@@ -138,6 +144,7 @@ class Constant:
     name: ClassVar[str] = "constant"
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+        """Factors at positions `s` of `n`, as the class says."""
         return np.ones_like(s)
 
 
@@ -149,6 +156,7 @@ class Hold:
     name: ClassVar[str] = "hold"
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+        """Factors at positions `s` of `n`, as the class says."""
         return np.full_like(s, self.level)
 
 
@@ -168,15 +176,21 @@ class StepDecay:
             )
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:
+        """Factors at positions `s` of `n`, as the class says."""
         drops = np.sort(np.array([unit(at, n) for at in self.at], dtype=np.float64))
         return np.asarray(self.by ** np.searchsorted(drops, s, side="right").astype(np.float64))
 
 
+_THIRTY_PERCENT = Duration.parse("30%")
+
+
 @dataclass(frozen=True)
 class OneCycle:
-    """From `start` up to 1 in `up`, then down to `end` at s = n; each way a half cosine or a line (Smith & Topin 2018)."""
+    """From `start` up to 1 in `up`, then down to `end` at s = n; each way a half cosine or a line (Smith &
+    Topin 2018).
+    """
 
-    up: Duration = Duration.parse("30%")
+    up: Duration = _THIRTY_PERCENT
     start: float = 1 / 25
     end: float = 4e-6
     curve: Anneal = "cosine"
@@ -188,6 +202,7 @@ class OneCycle:
         _one_of("one_cycle", "curve", self.curve, ("cosine", "linear"))
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:
+        """Factors at positions `s` of `n`, as the class says."""
         peak = unit(self.up, n)
         if peak > n:
             raise ScheduleError(f'one_cycle: up="{self.up}" is longer than the {n} it is part of')
@@ -201,9 +216,9 @@ class OneCycle:
 
 @dataclass(frozen=True)
 class Restarts:
-    """Warm restarts (Loshchilov & Hutter 2017, SGDR): `shape` again and again, each cycle `grow` times as long as the one
-    before and starting at `decay` times its peak. Cycle i is round(first * grow**i) long. Where the last cycle is cut short by
-    the end of the part, it is cut: it does not restart there.
+    """Warm restarts (Loshchilov & Hutter 2017, SGDR): `shape` again and again, each cycle `grow` times as
+    long as the one before and starting at `decay` times its peak. Cycle i is round(first * grow**i) long.
+    Where the last cycle is cut short by the end of the part, it is cut: it does not restart there.
     """
 
     first: Duration
@@ -221,6 +236,7 @@ class Restarts:
             )
 
     def values(self, s: Array, n: int, unit: Unit) -> Array:
+        """Factors at positions `s` of `n`, as the class says."""
         first = unit(self.first, n)
         if first < 1:
             raise ScheduleError(

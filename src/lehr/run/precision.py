@@ -56,8 +56,9 @@ def arithmetic(device: str | torch.device = "auto", precision: str = "auto") -> 
 def channels_last_pays(model: nn.Module, on: Arithmetic) -> bool:
     """Whether to lay convolution weights out channels-last: values stay the same, rounding may differ.
 
-    True for networks of mostly ungrouped 2-d convolutions with at least a million parameters, on a CPU in fp32 or on
-    CUDA in half precision, where kernels for that layout are faster. Depthwise convolutions gain nothing on a CPU.
+    True for networks of mostly ungrouped 2-d convolutions with at least a million parameters, on a CPU in
+    fp32 or on CUDA in half precision, where kernels for that layout are faster. Depthwise convolutions gain
+    nothing on a CPU.
     """
     plain = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
     total = sum(p.numel() for p in model.parameters())
