@@ -77,6 +77,7 @@ class Schedule:
                 there is none.
 
         Example:
+            >>> from lehr.schedules import cosine, warmup
             >>> curve = (warmup("10%") >> cosine()).over(steps=100)
             >>> curve(10), curve(100), curve(1000)
             (1.0, 0.0, 0.0)

@@ -151,6 +151,8 @@ def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:
             net = timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
     except Exception as error:
         raise _unavailable(name, pretrained, error) from None
+    if not pretrained or net.pretrained_cfg.get("num_classes") != classes:
+        _start_head(net)
     config: dict[str, Any] = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
     side = int(config["input_size"][1])
     transform = Transform(
@@ -162,6 +164,18 @@ def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:
         channels=channels,
     )
     return Made(net, transform, (_PUBLISHED if pretrained else _NONE,))
+
+
+def _start_head(net: nn.Module) -> None:
+    """Start a new head as torch starts a layer: within 1 / sqrt(its inputs).
+
+    Some of timm's models draw theirs within 1 / sqrt(classes), for a thousand classes; for five that begins at a
+    loss far above chance, and 500 steps of a head stage do not make up for it.
+    """
+    for path in inspect(net).head:
+        for layer in net.get_submodule(path).modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                layer.reset_parameters()
 
 
 def _torchvision(name: str, classes: int, pretrained: bool, channels: int) -> Made:

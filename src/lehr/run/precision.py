@@ -56,18 +56,14 @@ def arithmetic(device: str | torch.device = "auto", precision: str = "auto") -> 
 def channels_last_pays(model: nn.Module, on: Arithmetic) -> bool:
     """Whether to lay convolution weights out channels-last: values stay the same, rounding may differ.
 
-    True for networks of mostly ungrouped 2-d convolutions with at least a million parameters, on a CPU in
-    fp32 or on CUDA in half precision, where kernels for that layout are faster. Depthwise convolutions gain
-    nothing on a CPU.
+    True for networks of mostly 2-d convolutions with at least a million parameters, on a CPU in fp32 or on CUDA in
+    half precision, where kernels for that layout are faster (benchmarks/README.md).
     """
-    plain = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
+    convolutions = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
     total = sum(p.numel() for p in model.parameters())
-    depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
-    if plain < _LARGE or 2 * plain < total:
+    if convolutions < _LARGE or 2 * convolutions < total:
         return False
-    if on.device.type == "cuda":
-        return on.precision != "fp32"
-    return on.device.type == "cpu" and on.precision == "fp32" and not depthwise
+    return (on.device.type, on.precision == "fp32") in (("cpu", True), ("cuda", False))
 
 
 def _device(device: str | torch.device) -> torch.device:
