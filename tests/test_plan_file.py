@@ -60,12 +60,14 @@ def test_the_hash_changes_with_everything_of_effect() -> None:
     plans = [resolve(change(TWO_STAGES), NET, samples=320) for change in CHANGES]
     plans += [
         resolve(TWO_STAGES, NET, samples=319),
-        resolve(TWO_STAGES, replace(NET, name="Other"), samples=320),
+        resolve(TWO_STAGES, NET, samples=320, batches=11),
+        resolve(replace(TWO_STAGES, augment=["flip"]), NET, samples=320),
+        resolve(TWO_STAGES, replace(NET, parameters=NET.parameters[1:]), samples=320),
     ]
-    plans += [resolve(TWO_STAGES, NET, samples=320, batches=11)]
     hashes = [plan.hash for plan in [base, *plans]]
     assert len(set(hashes)) == len(hashes)
     assert resolve(replace(TWO_STAGES, lr_rule="linear"), NET, samples=320).hash == base.hash
+    assert resolve(TWO_STAGES, replace(NET, name="Other"), samples=320).hash == base.hash
     assert resolve(TWO_STAGES, replace(NET, understood=("another sentence",)), samples=320).hash == base.hash
 
 

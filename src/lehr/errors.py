@@ -79,5 +79,5 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     >>> nearest("zzz", ["cosine"])
     '.'
     """
-    close = difflib.get_close_matches(word, list(known), n=n, cutoff=0.55)
+    close = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=n, cutoff=0.55)
     return "; did you mean " + " or ".join(f'"{name}"' for name in close) + "?" if close else "."

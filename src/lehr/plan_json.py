@@ -14,7 +14,7 @@ from typing import Any
 from lehr.errors import RecipeError
 
 FORMAT = 1
-_WITHOUT_EFFECT = ("notes",)
+_WITHOUT_EFFECT = ("model", "notes")  # what a model is called changes nothing; its parameters count
 _MAY_BE_INFINITE = ("clip_norm", "patience")
 _LARGEST = 256 * 2**20
 

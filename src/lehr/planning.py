@@ -132,7 +132,7 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over everything but the notes: equal plans, and only they, have equal hashes."""
+        """SHA-256 over everything that has an effect: all but the notes and the model's name."""
         return plan_json.content_hash(self.to_dict())
 
     def lr(self, group: str) -> Array:

@@ -32,6 +32,9 @@ from lehr.run.update import Loss, Update, cross_entropy
 from lehr.run.validation import Metrics, validate
 from lehr.run.watch import EpochWatch, telling, trained_only
 
+_WITHOUT_GRADIENTS = 4
+"""Batches of validation are so many times as large: without activations to keep, they need no more memory."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -142,7 +145,13 @@ def fit(
                     row = watch.finish()
                 if validation:
                     row |= validate(
-                        judged, validation, loss, metrics, batch_size=stage.batch_size, on=on, tell=tell
+                        judged,
+                        validation,
+                        loss,
+                        metrics,
+                        batch_size=_WITHOUT_GRADIENTS * stage.batch_size,
+                        on=on,
+                        tell=tell,
                     )
                 is_best = best.offer(epoch, row, judged)
                 history.append({"epoch": epoch, "stage": stage.index, "step": stop, **row, "best": is_best})
