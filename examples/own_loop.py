@@ -48,7 +48,7 @@ def main(folder: Path) -> nn.Module:
                 with tqdm(total=stop - start, desc=f"epoch {epoch + 1}/{plan.total_epochs}") as bar:
                     losses, train_loss = train_epoch(model, optimizer, steps, batches, bar)
                     speed = len(train) / (time.perf_counter() - clock)
-                    metrics = validate(model, loader(valid, batch_size=4 * stage.batch_size))
+                    metrics = validate(model, loader(valid, batch_size=max(stage.batch_size, 32)))
                     bar.set_postfix({"loss": train_loss, **metrics})
                 if is_best := metrics["valid_loss"] < best["valid_loss"]:
                     best, best_epoch = {"train_loss": train_loss, **metrics}, epoch

@@ -24,6 +24,7 @@ from lehr.journal import (
     EpochEnded,
     Event,
     Interrupted,
+    Note,
     RunEnded,
     RunFailed,
     RunStarted,
@@ -402,6 +403,55 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "journal.jsonl").read_bytes() == journal
 
 
+def test_a_directory_with_a_file_of_a_run_is_refused(tmp_path: Path) -> None:
+    """A recipe that lies where the run would write its own is kept, comments and all."""
+    (tmp_path / "recipe.toml").write_text("# mine\n", encoding="utf-8")
+    with pytest.raises(RequestError, match="holds recipe.toml already, and nothing is overwritten"):
+        lehr.fit(net(), data(), recipe=one_stage("1 epoch"), out=tmp_path, device="cpu")
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.toml"]
+    assert (tmp_path / "recipe.toml").read_text(encoding="utf-8") == "# mine\n"
+
+
+def test_workers_with_a_loader_of_ones_own_are_refused() -> None:
+    """A DataLoader has its own workers; a number that nothing would follow is refused."""
+    loader = torch.utils.data.DataLoader(data(), batch_size=8)
+    with pytest.raises(RequestError, match="a DataLoader has its own, so say num_workers there"):
+        lehr.fit(net(), loader, recipe=one_stage("1 epoch"), workers=2, device="cpu")
+
+
+@pytest.mark.parametrize("key", ["augment", "label_smoothing"])
+def test_what_nothing_would_follow_is_refused(key: str) -> None:
+    """`augment` with a data set of one's own, and `label_smoothing` with a loss of one's own, are refused."""
+    said = {"augment": ["flip"]} if key == "augment" else {"label_smoothing": 0.1}
+    loss = None if key == "augment" else (lambda m, b: functional.cross_entropy(m(b[0]), b[1]))
+    with pytest.raises(RecipeError, match=f"^{key}: .* leave (it|augment) out"):
+        lehr.fit(net(), data(), recipe=one_stage("1 epoch", **said), loss=loss, device="cpu")
+
+
+def test_the_notes_of_the_plan_are_told(tmp_path: Path) -> None:
+    """What the plan and the caller want known stands in the journal when the run begins."""
+    heard: list[Event] = []
+    lehr.fit(
+        net(), data(), recipe=Recipe([Stage("1 epoch", train="head", lr=0.1)]), device="cpu",
+        observers=[heard.append], notes=["from far away"],
+    )  # fmt: skip
+    told = [event.text for event in heard if isinstance(event, Note)]
+    assert told[0] == "from far away"
+    assert any(text.startswith("no stage trains body.0.weight") for text in told)
+
+
+def test_the_head_can_be_named() -> None:
+    """`head=` says where the classifier is, as for lehr.inspect."""
+    model = net()
+    lehr.fit(
+        model, data(), recipe=Recipe([Stage("1 epoch", train="head", lr=0.1)]), head="body.0", device="cpu"
+    )
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "body.0.weight",
+        "body.0.bias",
+    ]
+
+
 # --- best weights and early stopping ---
 
 
@@ -545,6 +595,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert events[-1].error.startswith("NonFiniteError: the loss is nan at step 18")
     assert len(losses_of(events)) == 18
     assert same(load_file(tmp_path / "best.safetensors"), best[-1])
+
+
+def spoilt(call: int) -> Any:
+    """A loss that stays finite while its gradients are NaN at update `call`."""
+    calls = iter(range(10**6))
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        value = functional.cross_entropy(model(batch[0]), batch[1])
+        at = model.training and next(calls) == call
+        return value + (model.fc.bias.sum() * 0).sqrt() if at else value
+
+    return loss
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_gradients_that_are_not_finite_never_end_as_a_success(tmp_path: Path, validated: bool) -> None:
+    """Where the last update spoils the weights though its loss was finite, the run fails and says so."""
+    what = "validation loss is not finite" if validated else "weights are not finite"
+    with pytest.raises(NonFiniteError, match=rf"the {what} at step 13 \(stage 1"):
+        lehr.fit(
+            net(), data(), data(20) if validated else None, recipe=one_stage("2 epochs"), loss=spoilt(13),
+            out=tmp_path, device="cpu",
+        )  # fmt: skip
+    assert isinstance(written(tmp_path)[-1], RunFailed)
+    kept = tmp_path / "best.safetensors"
+    assert not kept.exists() or all(bool(t.isfinite().all()) for t in load_file(kept).values())
 
 
 def test_an_interrupted_run_says_how_far_it_came(tmp_path: Path) -> None:

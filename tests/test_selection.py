@@ -140,7 +140,7 @@ ALL_FROZEN = ModelFacts(
             NO_HEAD,
             "here: 'head' needs to know the head of Headless, and none was recognised; name the module "
             "instead, for example "
-            '"b", or say head="b" to lehr.inspect or lehr.plan',
+            '"b", or say head="b" to lehr.fit or lehr.plan',
         ),
         ("backbone", NO_HEAD, "'backbone' needs to know the head of Headless"),
         (

@@ -220,7 +220,7 @@ def _role(pattern: str, facts: ModelFacts, where: str) -> tuple[str, ...] | None
             last = facts.modules[-1] if facts.modules else "fc"
             raise SelectionError(
                 f"{where}: {pattern!r} needs to know the head of {facts.name}, and none was recognised; "
-                f'name the module instead, for example "{last}", or say head="{last}" to lehr.inspect or lehr.plan'
+                f'name the module instead, for example "{last}", or say head="{last}" to lehr.fit or lehr.plan'
             )
         head = {
             p.name

@@ -27,6 +27,9 @@ from lehr.run.weights import write_weights
 _NAMED_VERSIONS = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "safetensors")
 
 
+_WRITTEN = ("journal.jsonl", "recipe.toml", "plan.json", "environment.json", "best.safetensors")
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The directory of one run."""
@@ -35,15 +38,17 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
-        """A directory for a new run; it may exist, but not hold a run.
+        """A directory for a new run; it may exist, but hold nothing that a run writes.
 
         Raises:
             RequestError: where it holds one, or cannot be made.
         """
         folder = Path(path)
-        if (folder / "journal.jsonl").exists():
+        there = [name for name in _WRITTEN if (folder / name).exists()]
+        if there:
+            what = "a run" if "journal.jsonl" in there else ", ".join(there)
             raise RequestError(
-                f"{folder}: holds a run already, and nothing is overwritten; "
+                f"{folder}: holds {what} already, and nothing is overwritten; "
                 "choose another directory, or remove it"
             )
         try:

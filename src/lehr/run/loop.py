@@ -17,7 +17,7 @@ from torch import nn
 
 from lehr._version import __version__
 from lehr.data.datasets import ImageSamples
-from lehr.errors import RecipeError, RequestError, nearest
+from lehr.errors import NonFiniteError, RecipeError, RequestError, nearest
 from lehr.journal import EpochEnded, Note, Observer, RunEnded, RunStarted, StageEnded, StageStarted
 from lehr.planning import Plan, PlannedStage, resolve
 from lehr.recipe import Recipe
@@ -30,10 +30,11 @@ from lehr.run.precision import Arithmetic, arithmetic, channels_last_pays
 from lehr.run.sampler import Feed, feed, samples_in
 from lehr.run.update import Loss, Update, cross_entropy
 from lehr.run.validation import Metrics, validate
-from lehr.run.watch import EpochWatch, telling, trained_only
+from lehr.run.watch import EpochWatch, non_finite, telling, trained
 
-_WITHOUT_GRADIENTS = 4
-"""Batches of validation are so many times as large: without activations to keep, they need no more memory."""
+_CHANNELS_LAST = "convolution weights are laid out channels-last, which is faster for this model here"
+_VALIDATED = 32
+"""Samples in a batch of validation, or the stage's batch size where that is larger: a tiny one only costs time."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ def fit(
     precision: str = "auto",
     observers: Sequence[Observer] = (),
     workers: int = 0,
+    head: str | Sequence[str] | None = None,
+    notes: Sequence[str] = (),
 ) -> Result:
     """Train `model` in place as `recipe` says, stage by stage, and return what came of it.
 
     Afterwards the model has the weights of the last step, or the best ones where the last stage has
-    `restore_best`; what the last stage froze stays frozen (`lehr.thaw` frees it). Global random states are
-    seeded with the recipe's seed.
+    `restore_best`; what the last stage froze stays frozen (`lehr.thaw` frees it). torch's global random state
+    is seeded with the recipe's seed.
 
     Args:
         model: any `nn.Module`; a compiled one, too.
@@ -84,11 +87,15 @@ def fit(
         device: `"auto"` (CUDA, else MPS, else CPU), or a device.
         precision: `"auto"` (bf16 on CUDA that has it, else fp32), `"fp32"`, `"bf16"` or `"fp16"`.
         observers: called with each event of `lehr.journal`; `lehr.progress.progress()` draws a bar.
-        workers: processes that load samples, for data sets; the results do not depend on it.
+        workers: processes that load samples, for data sets; the results do not depend on it. Tensors in memory
+            need none, and a `DataLoader` has its own.
+        head: module paths of the classifier, where lehr does not find it.
+        notes: what else should stand in the journal, and be shown, when the run begins.
 
     Raises:
         RequestError: (or one of its kinds) for what cannot be done; nothing was started.
-        NonFiniteError: where the loss became NaN or infinite; the best weights so far are in `out`.
+        NonFiniteError: where the loss or the weights became NaN or infinite; the best weights so far are in
+            `out`, where a metric said which were best.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -104,7 +111,7 @@ def fit(
     validation = (
         None if valid is None else feed(valid, seed=recipe.seed, workers=workers, pin=pin, what="valid")
     )
-    plan = resolve(recipe, inspect(model), samples=training.samples, batches=training.batches)
+    plan = resolve(recipe, inspect(model, head=head), samples=training.samples, batches=training.batches)
     _check(plan, training, validation, metrics)
     _check_unused(recipe, training, loss)
 
@@ -127,8 +134,8 @@ def fit(
 
     with telling(folder, observers) as tell:
         tell(_run_started(plan, training, validation, on))
-        if channels_last:
-            tell(Note("convolution weights are laid out channels-last, which is faster for this model here"))
+        for note in (*notes, *plan.notes, *([_CHANNELS_LAST] if channels_last else [])):
+            tell(Note(note))
         for stage in plan.stages:
             tell(_stage_started(plan, stage))
             best.begin_stage(stage.first_epoch)
@@ -149,10 +156,12 @@ def fit(
                         validation,
                         loss,
                         metrics,
-                        batch_size=_WITHOUT_GRADIENTS * stage.batch_size,
+                        batch_size=max(stage.batch_size, _VALIDATED),
                         on=on,
                         tell=tell,
                     )
+                    if not math.isfinite(row["valid_loss"]):
+                        raise NonFiniteError(non_finite("the validation loss is not finite", stop - 1, plan))
                 is_best = best.offer(epoch, row, judged)
                 history.append({"epoch": epoch, "stage": stage.index, "step": stop, **row, "best": is_best})
                 tell(_epoch_ended(history[-1], plan, watch))
@@ -166,6 +175,8 @@ def fit(
             tell(StageEnded(stage.index, stop, reason, restored))
         if average:
             unwrap(model).load_state_dict(average.model.state_dict())
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            raise NonFiniteError(non_finite("the weights are not finite", plan.total_steps - 1, plan))
         best.finish(model)
         result = Result(model, tuple(history), best.row(history), folder.path if folder else None)
         tell(_run_ended(result, reason, time.monotonic() - began))
@@ -191,7 +202,7 @@ def _check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics
         )
     named = ("accuracy",) if metrics is None else tuple(metrics)
     measured = ["train_loss", "valid_loss", *(f"valid_{name}" for name in named)]
-    if validation and plan.monitor not in measured:
+    if plan.monitor not in measured:
         raise RecipeError(
             f"monitor: no metric is called {plan.monitor!r}{nearest(plan.monitor, measured)} "
             f"There are: {', '.join(measured)}"
@@ -215,6 +226,10 @@ def _check_unused(recipe: Recipe, training: Feed, loss: Loss | None) -> None:
             f"augment: {list(recipe.augment)} is for the images that lehr reads; "
             "your own data set changes its samples itself, so leave augment out"
         )
+    if training.loader is not None and training.workers:
+        raise RequestError(
+            f"workers: {training.workers} is for data sets; a DataLoader has its own, so say num_workers there"
+        )
     if loss is not None and recipe.label_smoothing:
         raise RecipeError(
             f"label_smoothing: {recipe.label_smoothing} is for the built-in cross-entropy; "
@@ -235,7 +250,7 @@ def _stage_started(plan: Plan, stage: PlannedStage) -> StageStarted:
         stage=stage.index, label=stage.label, start=stage.start, stop=stage.stop,
         first_epoch=stage.first_epoch, epochs=stage.epochs,
         trained_parameters=sum(plan.parameters[name] for name in plan.trainable(stage)),
-        total_parameters=sum(plan.parameters.values()), peak_lr=trained_only(stage.peak_lr),
+        total_parameters=sum(plan.parameters.values()), peak_lr=trained(stage.peak_lr, stage),
     )  # fmt: skip
 
 
@@ -244,7 +259,7 @@ def _epoch_ended(row: Mapping[str, Any], plan: Plan, watch: EpochWatch) -> Epoch
     return EpochEnded(
         epoch=row["epoch"], stage=row["stage"], step=row["step"], train_loss=row["train_loss"],
         metrics={name: value for name, value in row.items() if name not in own},
-        lr=trained_only(plan[row["step"] - 1].lr),
+        lr=trained(plan[row["step"] - 1].lr, plan.stages[row["stage"]]),
         seconds=watch.seconds, samples_per_second=watch.samples_per_second, best=row["best"],
     )  # fmt: skip
 

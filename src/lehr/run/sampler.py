@@ -23,7 +23,8 @@ from lehr.planning import PlannedStage, batches_in
 
 Window = list[tuple[Any, int]]
 _ORDER = 1  # a word of its own in every seed, so that order and augmentation never share one
-_CHUNK = 256  # batches gathered at once from tensors in memory
+_MOST = 256  # batches gathered at once from tensors in memory, and the most bytes:
+_CHUNK = 32 * 2**20
 
 
 def order(samples: int, seed: int, epoch: int) -> torch.Tensor:
@@ -126,8 +127,12 @@ class _Keys:
 
 def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor]) -> Iterator[Any]:
     """Batches of tensors in memory: gathered in large pieces, which costs a tenth of one at a time."""
-    for first in range(0, len(batches), _CHUNK):
-        some = batches[first : first + _CHUNK]
+    if not batches:
+        return
+    a_batch = max(len(batch) for batch in batches) * sum(t[:1].nbytes for t in source.tensors)
+    chunk = max(1, min(_MOST, _CHUNK // max(1, a_batch)))
+    for first in range(0, len(batches), chunk):
+        some = batches[first : first + chunk]
         sizes = [len(batch) for batch in some]
         together = torch.cat(list(some))
         yield from (
@@ -169,7 +174,7 @@ def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str
             f"valid: the DataLoader would leave out the last {left_out} of {samples} samples, "
             "and a validation set is used whole; make it with drop_last=False"
         )
-    return Feed(data, samples, seed, workers, pin)
+    return Feed(data, samples - left_out, seed, workers, pin)
 
 
 def size_of(batch: Any) -> int:

@@ -137,7 +137,7 @@ class EpochWatch:
         return Progressed(
             step=done, stage=self._stage.index,
             epoch=self.epoch, epoch_start=self.start, epoch_stop=self.stop,
-            loss=self._sum / max(self._samples, 1), lr=trained_only(rates),
+            loss=self._sum / max(self._samples, 1), lr=trained(rates, self._stage),
             samples_per_second=self._samples / max(self._clock() - self._began, 1e-9),
         )  # fmt: skip
 
@@ -145,7 +145,7 @@ class EpochWatch:
 def non_finite(what: str, step: int, plan: Plan) -> str:
     """What went wrong at `step`, at which rates, and what to try."""
     stage = plan.stage_at(step)
-    rates = ", ".join(f"{group} {rate:.3g}" for group, rate in trained_only(plan[step].lr).items())
+    rates = ", ".join(f"{group} {rate:.3g}" for group, rate in trained(plan[step].lr, stage).items())
     tries = ["a lower lr", "a longer warm-up"]
     if plan.clip_norm == math.inf:
         tries.append("clip_norm = 1.0")
@@ -155,9 +155,9 @@ def non_finite(what: str, step: int, plan: Plan) -> str:
     )
 
 
-def trained_only(rates: Mapping[str, float]) -> dict[str, float]:
-    """The rates of the groups that train."""
-    return {group: rate for group, rate in rates.items() if rate}
+def trained(rates: Mapping[str, float], stage: PlannedStage) -> dict[str, float]:
+    """The rates of the groups that `stage` trains, also where a schedule has taken them to 0."""
+    return {group: rate for group, rate in rates.items() if stage.peak_lr[group]}
 
 
 @contextmanager
