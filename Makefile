@@ -11,6 +11,7 @@ BIN = $(VENV)/bin
 
 demo: $(VENV)/.installed
 	$(BIN)/lehr fit digits
+	@echo "lehr is $(BIN)/lehr; to type lehr alone: . $(BIN)/activate"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
@@ -32,11 +33,13 @@ clean:
 
 # An install is made anew when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
+	@echo "installing PyTorch and the rest into $(VENV): some minutes, a few GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml
+	@echo "installing PyTorch, the rest and what the tests need into $(VENV): some minutes, a few GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@ $(VENV)/.installed

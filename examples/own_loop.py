@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import lehr
 from fit import RECIPE, work
-from lehr.journal import EpochEnded, Journal, RunEnded, RunStarted, StageEnded, StageStarted, StepsTaken
+from lehr.journal import EpochEnded, Journal, Note, RunEnded, RunStarted, StageEnded, StageStarted, StepsTaken
 from lehr.run.sampler import cut, order
 
 
@@ -39,6 +39,8 @@ def main(folder: Path) -> nn.Module:
 
     with Journal(folder / "journal.jsonl") as journal:
         journal(run_started(plan, train, valid))
+        for note in plan.notes:
+            journal(Note(note))
         for stage in plan.stages:
             journal(stage_started(plan, stage))
             for epoch, start, stop in stage.epoch_ranges():

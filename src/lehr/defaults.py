@@ -5,15 +5,14 @@ Pure; every number has its reason beside it.
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator
-from decimal import Decimal
-from typing import Any
+from dataclasses import fields
 
 from lehr.recipe import Recipe, Stage
 from lehr.schedules import cosine, warmup
 from lehr.selection import ModelFacts
+from lehr.toml import toml_lines
 
 SMALL_IMAGE = 48
 """Images up to this side are digits, icons and the like: mirrored they may be something else, so they are
@@ -128,27 +127,25 @@ def commented(recipe: Recipe, *, request: str, file: str) -> str:
     """
     said = recipe.to_dict()
     stages = said.pop("stages")
-    plain: dict[str, Any] = {
-        "optimizer": recipe.optimizer,
-        "schedule": str(recipe.schedule),
-        "batch_size": recipe.batch_size,
-        "weight_decay": recipe.weight_decay,
-        "no_decay": list(recipe.no_decay),
-        **{key: said[key] for key in ("label_smoothing", "clip_norm", "augment") if key in said},
-        "monitor": recipe.monitor,
-        "restore_best": recipe.restore_best,
-        "seed": recipe.seed,
-    }
+    shown = [
+        *(key for key in _SHOWN if key in said),
+        *(f.name for f in fields(Recipe) if f.name in said and said[f.name] != f.default),
+    ]
     lines = ["# A recipe for lehr. Change it, look at what it means, run it:"]
     lines += [f"#   lehr {verb} {_one_line(request)} --recipe {_one_line(file)}" for verb in ("plan", "fit ")]
-    for key, value in {**plain, **said}.items():
-        lines += ["", *_comment(_ABOUT.get(key, "")), f"{key} = {_toml(value)}"]
+    for key in dict.fromkeys(shown):
+        lines += ["", *_comment(_ABOUT[key]), *toml_lines({key: said[key]})]
     lines += ["", *_comment(_STAGES)]
     for stage in stages:
-        lines += ["[[stages]]", *(f"{key} = {_toml(value)}" for key, value in stage.items()), ""]
+        lines += ["[[stages]]", *toml_lines(stage), ""]
     return "\n".join([*lines, *_comment(_MORE)]) + "\n"
 
 
+_SHOWN = (
+    "optimizer", "schedule", "batch_size", "weight_decay", "no_decay", "label_smoothing", "clip_norm",
+    "augment", "monitor", "restore_best", "seed",
+)  # fmt: skip
+"""What a person may want to change first; other keys are written where they differ from the default."""
 _ABOUT = {
     "optimizer": 'Any class of torch.optim; a table gives its settings: { name = "sgd", momentum = 0.9 }.',
     "schedule": "How the rates run through each stage, as factors of each group's peak rate. Also: constant, "
@@ -187,31 +184,3 @@ def _comment(text: str) -> Iterator[str]:
 def _one_line(text: str) -> str:
     """A comment ends with its line, so no name of a folder may break it."""
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _toml(value: object) -> str:
-    """A value as TOML writes it; tables inline."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, str):
-        plain = '"' in value and "'" not in value and value.isprintable()
-        return f"'{value}'" if plain else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return _number(value) if isinstance(value, float) else repr(value)
-
-
-def _number(value: float) -> str:
-    """The shortest text that is the same number; small ones as people write rates.
-
-    >>> _number(0.001), _number(0.05), _number(3e-4)
-    ('1e-3', '0.05', '3e-4')
-    """
-    small = 0 < abs(value) < 0.01
-    return f"{Decimal(repr(value)).normalize():e}" if small else repr(value)
-
-
-def _key(name: str) -> str:
-    return name if name.replace("_", "").replace("-", "").isalnum() and name.isascii() else _toml(name)

@@ -18,6 +18,11 @@ from lehr.errors import ModelError, SelectionError, nearest
 from lehr.run import anatomy, structure
 from lehr.selection import ModelFacts, ParameterFacts
 
+BY_HAND = "_lehr_by_hand"
+"""Under this a module remembers of its own parameters, by local name, whether a person has them frozen, where
+`requires_grad` does not tell since a plan has set it since. `freezing` writes it.
+"""
+
 _COMPILED = "_orig_mod"
 _NORMS = (
     nn.BatchNorm1d,
@@ -45,7 +50,8 @@ def inspect(model: nn.Module, *, head: str | Sequence[str] | None = None) -> Mod
     Returns:
         The facts. Parameters stand in the model's own order under their first name, other names of a tied
         weight are its `aliases`. `norm` is True for what a normalisation layer owns; `bias` for every other
-        parameter called bias (`bias`, `in_proj_bias`, `bias_ih_l0`). `understood` says in sentences how head
+        parameter called bias (`bias`, `in_proj_bias`, `bias_ih_l0`). `frozen_by_hand` is about the person: what
+        `lehr.apply` or `lehr.fit` froze or thawed does not change it. `understood` says in sentences how head
         and blocks were found.
 
     Raises:
@@ -62,7 +68,7 @@ def inspect(model: nn.Module, *, head: str | Sequence[str] | None = None) -> Mod
     names = _names(own)
     _refuse_unusable(own, names)
     first = tuple(aliases[0] for aliases in names.values())
-    of_norms = _norm_parameters(own)
+    of_norms, frozen = _norm_parameters(own), by_hand(own)
     norms = frozenset(aliases[0] for parameter, aliases in names.items() if id(parameter) in of_norms)
     found = anatomy.read(own, first, norms=norms, head=None if head is None else _given(head, names, own))
     parameters = tuple(
@@ -72,7 +78,7 @@ def inspect(model: nn.Module, *, head: str | Sequence[str] | None = None) -> Mod
             norm=aliases[0] in norms,
             bias=aliases[0] not in norms and _is_bias(aliases[0]),
             layer=found.layer[aliases[0]],
-            frozen_by_hand=not parameter.requires_grad,
+            frozen_by_hand=aliases[0] in frozen,
             aliases=aliases[1:],
         )
         for parameter, aliases in names.items()
@@ -117,6 +123,26 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
         ['weight', 'bias']
     """
     return {structure.clean(name): parameter for name, parameter in unwrap(model).named_parameters()}
+
+
+def by_hand(model: nn.Module) -> frozenset[str]:
+    """The parameters that a person has frozen, whatever a plan made of them since, by the names of `named`.
+
+    What no plan has set differently is as `requires_grad` says. What a plan froze counts as frozen by hand only
+    after `lehr.freeze`: a second `requires_grad_(False)` leaves nothing that could be seen.
+
+    Example:
+        >>> by_hand(nn.Linear(2, 2).requires_grad_(False)) == {"weight", "bias"}
+        True
+    """
+    frozen: dict[int, bool] = {}
+    for module in unwrap(model).modules():
+        told = module.__dict__.get(BY_HAND, {})
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            frozen.setdefault(id(parameter), told.get(name, not parameter.requires_grad))
+    return frozenset(
+        name for name, parameter in named(model).items() if frozen.get(id(parameter), not parameter.requires_grad)
+    )
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, tuple[str, ...]]:

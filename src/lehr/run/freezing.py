@@ -3,7 +3,8 @@
 A frozen parameter has `requires_grad` False and no gradient, so no optimizer touches it. A module all of
 whose parameters are frozen runs in eval mode, so its batch statistics stay and its dropout is off; a module
 without parameters follows its nearest ancestor that has some. What is frozen is a function of the parameters'
-names alone: there is no history. This file must not know of steps, stages or optimizers.
+names alone: there is no history. What is remembered is only which of it a person wanted so (`freeze`, `thaw`,
+`requires_grad_`), that the next plan may respect it. This file must not know of steps, stages or optimizers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from lehr.errors import RunError, SelectionError, nearest
-from lehr.run.facts import inspect, named, unwrap
+from lehr.run.facts import BY_HAND, by_hand, inspect, named, unwrap
 from lehr.selection import select
 
 _PIN = "train"
@@ -61,6 +62,7 @@ def freeze(
     """
     chosen = _chosen(model, what, head)
     set_trainable(model, _trained_now(model) - frozenset(chosen))
+    _remember(unwrap(model), by_hand(model) | frozenset(chosen))
     return chosen
 
 
@@ -92,6 +94,7 @@ def thaw(
     """
     chosen = _chosen(model, what, head)
     set_trainable(model, _trained_now(model) | frozenset(chosen))
+    _remember(unwrap(model), by_hand(model) - frozenset(chosen))
     return chosen
 
 
@@ -99,7 +102,7 @@ def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
     """Lets exactly the parameters `names` train and freezes everything else, whatever the state before.
 
     Idempotent and without history; meant to be called at every step, so a model that is already as wanted is
-    only looked over. Modules that were frozen and now train take the mode that was last asked for with
+    only looked over. What a person has frozen stays known: `lehr.inspect` says the same before and after. Modules that were frozen and now train take the mode that was last asked for with
     `model.train()`; the mode of modules that trained before is the caller's and stays.
 
     Args:
@@ -211,10 +214,12 @@ def _settle(own: nn.Module, names: frozenset[str]) -> None:
     """Brings the model into the wanted state, whatever it was in, and records it."""
     parameters = named(own)
     _refuse_unknown(names, parameters, own)
+    hand = by_hand(own)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in names)
         if name not in names:
             parameter.grad = None
+    _remember(own, hand)
     trained = {id(parameter) for name, parameter in parameters.items() if name in names}
     training = set(_trained_modules(own, trained, within=True))
     frozen = [module for module in own.modules() if module not in training]
@@ -227,6 +232,26 @@ def _settle(own: nn.Module, names: frozenset[str]) -> None:
             pin = module.__dict__[_PIN]
             pin(pin.asked)
     own.__dict__[_RECORD] = _Record(own, names, frozen)
+
+
+def _remember(own: nn.Module, hand: frozenset[str]) -> None:
+    """Leaves a note in each module whose own parameters a plan has set otherwise than the person, who has
+    `hand` frozen.
+
+    In the module that holds the parameter, not in a table by names: so the note is there, too, when a part is
+    used in another model, goes with copies and pickles, and is gone with a part that is replaced.
+    """
+    frozen = {id(parameter) for name, parameter in named(own).items() if name in hand}
+    for module in own.modules():
+        told = {
+            name: id(parameter) in frozen
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+            if (id(parameter) in frozen) == parameter.requires_grad
+        }
+        if told:
+            module.__dict__[BY_HAND] = told
+        else:
+            module.__dict__.pop(BY_HAND, None)
 
 
 def _thaw_modules(own: nn.Module, thawed: set[nn.Module]) -> None:
