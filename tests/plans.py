@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lehr.planning import Plan, resolve
+from lehr.planning import Plan
 from lehr.recipe import Recipe, Stage
+from lehr.resolving import resolve
 from lehr.schedules import cosine, warmup
 from lehr.selection import ModelFacts, ParameterFacts
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,11 +21,13 @@ import timm
 import torch
 from PIL import Image
 
+from lehr import job as jobs
 from lehr.__main__ import main
 from lehr.errors import DataError
 from lehr.planning import Plan
+from lehr.resolving import resolve
 from lehr.recipe import load_recipe
-from lehr.run import weights
+from lehr.run import models, weights
 from lehr.run.update import Update
 
 SHORT = ("--set", "stages.0.length=1 epochs", "--set", "stages.1.length=1 epochs")
@@ -175,6 +180,7 @@ def test_fit_writes_a_whole_run(run: Path) -> None:
     assert journal(run)[0] == "run_started"
     assert journal(run)[-1] == "run_ended"
     assert load_recipe(run / "recipe.toml").augment == ("shift",)
+    assert json.loads((run / "model.json").read_text("utf-8"))["weights"] == {"source": "published"}
 
 
 def test_fit_takes_the_next_free_name_and_overwrites_nothing(lehr: Lehr, tmp_path: Path) -> None:
@@ -182,13 +188,59 @@ def test_fit_takes_the_next_free_name_and_overwrites_nothing(lehr: Lehr, tmp_pat
     for number in (1, 2):
         said = lehr("fit", *QUICK)
         assert said.code == 0
-        assert said.last == f"next: lehr predict runs/digits-digits_net-{number} IMAGE..."
+        folder = f"runs/digits-digits_net-{number}"
+        assert said.err.splitlines()[-2:] == [
+            f"kept in {folder}: best.safetensors, recipe.toml, plan.json, plan.png, journal.jsonl",
+            f"next: lehr predict {folder} IMAGE...",
+        ]
     assert not said.out
     before = (tmp_path / "runs/digits-digits_net-1/journal.jsonl").read_bytes()
     again = lehr("fit", *QUICK, "--out", "runs/digits-digits_net-1")
     assert again.code == 2
     assert "holds a run already" in again.last
     assert (tmp_path / "runs/digits-digits_net-1/journal.jsonl").read_bytes() == before
+
+
+def test_the_built_in_digits_go_on_with_images_at_hand(lehr: Lehr, tmp_path: Path) -> None:
+    """Where the example images are, the next step names them; there is one of each class, and it works."""
+    shutil.copytree(Path(__file__).parent.parent / "examples" / "digits", tmp_path / "examples" / "digits")
+    said = lehr("fit", "digits", "--no-scratch", "--out", "run")
+    assert said.last == "next: lehr predict run examples/digits"
+    rows = json.loads(lehr("predict", "run", "examples/digits", "--json").out)
+    right = dict(zip("56789", ("five", "six", "seven", "eight", "nine"), strict=True))
+    assert {Path(row["path"]).stem for row in rows} == set(right.values())
+    assert sum(right[row["top"][0]["class"]] == Path(row["path"]).stem for row in rows) >= 4
+
+
+def test_what_is_known_of_data_and_weights_is_in_the_journal(run: Path) -> None:
+    """A run keeps what was said of data, images and weights before it began."""
+    lines = (run / "journal.jsonl").read_text("utf-8").splitlines()
+    notes = [event["text"] for event in map(json.loads, lines) if event["event"] == "note"]
+    for words in ("data: ", "images: 8 x 8 pixels", "weights: pretrained on the digits 0 to 4"):
+        assert sum(note.startswith(words) for note in notes) == 1
+
+
+def test_from_scratch_makes_the_same_updates() -> None:
+    """The other network has the last stage's peak, batch and accumulation, and as many updates."""
+    settings = ("stages.1.accumulate=2", "stages.1.batch_size=2", "lr_rule=linear")
+    job = jobs.prepare(jobs.Request("digits", settings=settings), fetch=False)
+    _, recipe = jobs.from_scratch(job)
+    plan = resolve(recipe, job.facts, samples=len(job.data.listing.train))
+    last = job.plan.stages[-1]
+    assert (plan.stages[0].accumulate, plan.stages[0].batch_size) == (2, 2)
+    assert plan.total_steps == job.plan.total_steps
+    assert max(plan.stages[0].peak_lr.values()) == max(last.peak_lr.values())
+
+
+def test_help_is_short_and_whole(lehr: Lehr) -> None:
+    """The help names values by words, keeps its example on a line, and `lehr` alone is the help."""
+    assert "  Try: lehr fit digits\n" in lehr().out
+    text = lehr("fit", "--help").out
+    assert "--workers N " in text
+    assert "--size PIXELS " in text
+    assert "auto: bf16 on CUDA that has it, else fp32." in " ".join(text.split())
+    assert "--top N " in lehr("predict", "--help").out
+    assert "x>=" not in text
 
 
 def test_fit_compares_with_the_same_network_from_scratch(lehr: Lehr) -> None:
@@ -198,8 +250,11 @@ def test_fit_compares_with_the_same_network_from_scratch(lehr: Lehr) -> None:
     assert said.code == 0, said.err
     assert "the same network from scratch, as many updates (12):" in said.err
     assert said.err.count("12 steps") == 4  # both runs say it at the start and at the end
-    assert "valid_accuracy: fine-tuned 0." in said.err
-    assert "fine-tuning is " in said.err
+    line = next(line for line in said.err.splitlines() if line.startswith("valid_accuracy: "))
+    assert re.fullmatch(
+        r"valid_accuracy: [\d.]+ % fine-tuned, [\d.]+ % from scratch: ([\d.]+ points (better|worse)|no difference)",
+        line,
+    )
     assert len(list(Path("run/tensorboard").glob("events*"))) == 1
 
 
@@ -222,6 +277,9 @@ def test_a_folder_of_images_from_end_to_end(lehr: Lehr, tmp_path: Path) -> None:
     assert "tensors loaded" in said.err
     assert "of another shape" in said.err
     folder = f"runs/bilder-{model}-1"
+    origin = json.loads(Path(folder, "model.json").read_text("utf-8"))["weights"]
+    digest = hashlib.sha256((tmp_path / "w.safetensors").read_bytes()).hexdigest()
+    assert origin == {"source": "w.safetensors", "sha256": digest}
     listing = json.loads(Path(folder, "data.json").read_text("utf-8"))
     assert len(listing["train"]["paths"]) == 10
     assert listing["classes"] == ["grün", "rot"]
@@ -243,7 +301,7 @@ def test_classes_of_one_image_train_without_validation(lehr: Lehr, tmp_path: Pat
     assert not (tmp_path / "run").exists()
     said = lehr(*asked, "--scratch")
     assert said.code == 0, said.err
-    assert "train_loss: fine-tuned" in said.err
+    assert re.search(r"^train_loss: \S+ fine-tuned, \S+ from scratch: ", said.err, re.MULTILINE)
 
 
 WRONG = {
@@ -268,7 +326,18 @@ WRONG = {
         ("digits", "--model", "torchvision/squeezenet1_1", "--no-pretrained", "--size", "5"),
         "cannot take images of 5 x 5",
     ),
-    "option": (("digits", "--sett", "x"), "No such option"),
+    "option": (("digits", "--sett", "x"), "no such option"),
+    "rate": (("digits", "--lr", "1"), "but the recipe says it: --set stages.0.lr=...; see lehr "),
+    "batch": (
+        (
+            "digits",
+            "--batch-size=8",
+        ),
+        "but the recipe says it: --set batch_size=...; see lehr ",
+    ),
+    "epochs": (("digits", "--epochs", "5"), 'but the recipe says it: --set "stages.0.length=5 epochs"; see '),
+    "argument": ((), "lehr: missing argument 'DATA'; see lehr "),
+    "pixels": (("digits", "--size", "0"), "'--size': 0; expected a whole number, 1 or more; see lehr "),
 }
 
 
@@ -284,7 +353,9 @@ def test_a_wrong_request_is_one_clear_message(wrong: str, command: str, lehr: Le
     said = lehr(command, *arguments)
     assert said.code == 2
     assert words in said.err
+    assert said.last.startswith("lehr: ")
     assert "Traceback" not in said.err
+    assert "Usage" not in said.err
     assert not said.out
     assert [p.name for p in tmp_path.iterdir()] == ["bad.toml"]
 
@@ -424,13 +495,36 @@ def test_published_weights_are_announced_and_their_absence_explained(
         raise OSError("no network")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    said = lehr("plan", "digits", "--model", "mobilenetv2_100")
+    said = lehr("fit", "digits", "--model", "mobilenetv2_100")
     first, second = said.err.splitlines()
     assert first.startswith("mobilenetv2_100: fetching its published weights")
     assert said.code == 2
     assert "(no network)" in second
     assert "--weights FILE" in second
     assert "--no-pretrained" in second
+
+
+@pytest.mark.parametrize("model", ["mobilenetv3_small_050", "torchvision/squeezenet1_1"])
+def test_planning_fetches_no_weights(
+    model: str, lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lehr plan` and `lehr init` choose the recipe of a pretrained model without its weights, say who fetches
+    them, and their plan is the one that the weights would have given."""
+    asked = ("digits", "--model", model, "--size", "32", "--recipe", "recipe.toml")
+    said = lehr("init", *asked[:-2])
+    assert said.code == 0, said.err
+    assert "fetching" not in said.err
+    assert load_recipe(tmp_path / "recipe.toml").stages[0].train == ("head",)
+    assert "  - weights: published, fetched by lehr fit" in lehr("plan", *asked).out
+    planned = json.loads(lehr("plan", *asked, "--json").out)["hash"]
+    made = models.make_model(
+        model, 5, pretrained=False, size=32
+    )  # as it would be with its weights, but for them
+    wanted: list[bool] = []
+    monkeypatch.setattr(jobs, "make_model", lambda *_, pretrained, **__: wanted.append(pretrained) or made)
+    fetched = jobs.prepare(jobs.Request("digits", model=model, size=32, recipe="recipe.toml"), fetch=True)
+    assert wanted == [True]
+    assert planned == fetched.plan.hash
 
 
 @pytest.mark.usefixtures("images")
@@ -444,7 +538,8 @@ def test_predict_prints_a_table(lehr: Lehr, run: Path) -> None:
     assert "error: " in lines[1]
     assert lines[0].index("%") == lines[2].index("%")
     assert said.code == 1
-    assert said.last == "1 image could not be read: see the errors above"
+    assert "mend" not in lines[1]
+    assert said.last == "1 image could not be read; its row has the error"
 
 
 @pytest.mark.usefixtures("images")
@@ -480,7 +575,7 @@ def test_predict_prints_json(lehr: Lehr, run: Path) -> None:
         (("empty",), "empty: no image below this folder; known endings: "),
         (("images", "--csv", "--json"), "exclude each other"),
         (("images", "--device", "gpu"), "device"),
-        ((), "Missing argument"),
+        ((), "missing argument"),
     ],
 )
 def test_a_wrong_prediction_is_refused(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 from configparser import ConfigParser
 from dataclasses import MISSING, fields
@@ -10,12 +12,16 @@ from typing import Any
 
 import pytest
 import tomlkit
+import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import lehr
+from lehr.__main__ import main
 from lehr.curves import Schedule
 from lehr.data.images import FORMATS
 from lehr.data.transforms import AUGMENTS
+from lehr.planning import Plan, PlannedStage
 from lehr.recipe import recipe_from
 from lehr.selection import ROLES, ModelFacts, ParameterFacts, select
 
@@ -165,6 +171,85 @@ def test_data_page_has_every_augmentation_and_format() -> None:
     names = [_code(row[0]) for row in _rows(_section(page, "## Augmentation"))]
     assert sorted(names) == sorted(AUGMENTS)
     assert all(name in _section(page, "## How images are read") for name in FORMATS)
+
+
+def test_fit_page_has_every_argument() -> None:
+    """docs/fit.md has one row for each argument of `lehr.fit`, in their order, with the default that it has."""
+    rows = _rows(_section(_page("docs/fit.md"), "## Arguments"))
+    arguments = inspect.signature(lehr.fit).parameters
+    assert [_code(row[0]) for row in rows] == list(arguments)
+    for row in rows:
+        default = arguments[_code(row[0])].default
+        if default is inspect.Parameter.empty:
+            assert not row[3]
+        else:
+            assert _code(row[3]).replace('"', "'") == repr(default)
+
+
+def test_fit_page_has_what_a_result_has() -> None:
+    """docs/fit.md has a row for each field of Result, in their order, and one error a row, all of them public."""
+    page = _page("docs/fit.md")
+    named = [_code(row[0]) for row in _rows(_section(page, "## Result"))]
+    assert named == [f.name for f in fields(lehr.Result)]
+    errors = [_code(row[0]) for row in _rows(_section(page, "## Errors"))]
+    assert set(errors) <= set(lehr.__all__)
+    assert len(set(errors)) == len(errors) > 5
+
+
+def _run_table() -> dict[str, str]:
+    """Every file that docs/run.md names, and who writes it."""
+    return {_code(row[0]): row[1] for row in _rows(_preamble(_page("docs/run.md")))}
+
+
+def _preamble(page: str) -> str:
+    return page.partition("\n## ")[0]
+
+
+def _there(folder: Path) -> set[str]:
+    return {path.name + "/" * path.is_dir() for path in folder.iterdir()}
+
+
+def test_run_page_has_every_file_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table in docs/run.md names every file and folder that `lehr fit` leaves, and no other."""
+    monkeypatch.chdir(tmp_path)
+    short = [word for k in (0, 1) for word in ("--set", f"stages.{k}.length=2 steps")]
+    main(["fit", "digits", "--no-scratch", "--tensorboard", "--out", "run", *short])
+    assert _there(tmp_path / "run") == set(_run_table())
+
+
+def test_run_page_has_every_file_of_fit(tmp_path: Path) -> None:
+    """The table in docs/run.md says "both" of the files that `lehr.fit` leaves, and of no other."""
+    data = TensorDataset(torch.randn(8, 4), torch.arange(8) % 2)
+    lehr.fit(nn.Linear(4, 2), data, data, recipe=recipe_from({"stages": STAGES}), out=tmp_path, device="cpu")
+    assert _there(tmp_path) == {name for name, writer in _run_table().items() if writer == "both"}
+
+
+def test_run_page_has_every_key_of_a_plan(tmp_path: Path) -> None:
+    """docs/run.md has every key of plan.json and of its stages, in their order, and no other."""
+    lehr.plan(recipe_from({"stages": STAGES}), nn.Linear(4, 2), samples=32).save(tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    stage = plan["stages"][0]
+    whole, stages = _section(_page("docs/run.md"), "## plan.json").split("\nEach stage:\n")
+    assert [_code(row[0]) for row in _rows(whole)] == list(plan)
+    assert [_code(row[0]) for row in _rows(stages)] == list(stage)
+    assert list(plan)[2:] == [f.name for f in fields(Plan)]
+    assert list(stage) == [f.name for f in fields(PlannedStage)]
+    assert f"the version of the format: `{plan['format']}`" in whole
+    assert re.fullmatch("[0-9a-f]{64}", plan["hash"])
+
+
+def test_index_has_every_page() -> None:
+    """docs/README.md has one line for each page in docs, and no other page."""
+    rows = _rows(_page("docs/README.md"))
+    linked = [re.findall(r"\]\(([^)]+)\)", row[0]) for row in rows]
+    pages = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md"]
+    assert sorted(target for targets in linked for target in targets) == sorted([*pages, "decisions/"])
+    assert all(row[1] for row in rows)
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    """README.md has no place that waits for a transcript or for numbers."""
+    assert not re.findall(r"<!-- (?:transcript|numbers)[^>]*", _page("README.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

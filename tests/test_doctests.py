@@ -38,7 +38,16 @@ def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_examples_are_found() -> None:
     """The public pure functions have examples, so that the test above cannot pass by finding none."""
     finder = doctest.DocTestFinder(exclude_empty=True)
-    for name in ("duration", "schedules", "notation", "selection", "recipe", "planning", "plan_json"):
+    for name in (
+        "duration",
+        "schedules",
+        "notation",
+        "selection",
+        "recipe",
+        "planning",
+        "resolving",
+        "plan_json",
+    ):
         examples = [test for test in finder.find(import_module(f"lehr.{name}")) if test.examples]
         assert examples, name
 

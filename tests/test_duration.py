@@ -59,7 +59,7 @@ def test_understood(written: str, amount: Fraction, unit: str) -> None:
         (["5 epochs"], "is not a duration"),
         ("5 epoches", "unknown unit 'epoches'; did you mean \"epochs\""),
         ("5 minutes", "unknown unit 'minutes'. Expected epochs, steps or %"),
-        ("-1 epochs", "'-1 epochs' is negative; a duration is 0 or more"),
+        ("-1 epochs", '"-1 epochs" is negative; a duration is 0 or more'),
         ("-10%", "is negative"),
         ("1.5 steps", "a step is one update and cannot be divided; write a whole number of steps"),
         ("1e-3 steps", "cannot be divided"),
@@ -72,6 +72,35 @@ def test_refused(written: object, helpful: str) -> None:
         Duration.parse(written, where="stages.0.length")  # type: ignore[arg-type]
     assert str(caught.value).startswith("stages.0.length: ")
     assert helpful in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("amount", "unit", "helpful"),
+    [
+        (-1, "epochs", '"-1 epochs" is negative; a duration is 0 or more'),
+        (1.5, "steps", '"1.5 steps": a step is one update and cannot be divided'),
+        (101, "%", '"101%" is more than the whole'),
+        (5, "minutes", "unit='minutes'; expected one of 'epochs', 'steps', '%'"),
+        (5, "epoch", "unit='epoch'; expected one of"),
+        (float("nan"), "epochs", "amount=nan; expected a finite number"),
+        (float("inf"), "epochs", "amount=inf; expected a finite number"),
+        (True, "steps", "amount=True; expected a finite number"),
+        ("5", "steps", "amount='5'; expected a finite number"),
+    ],
+)
+def test_made_by_hand_is_checked_too(amount: object, unit: str, helpful: str) -> None:
+    """The constructor refuses what the reader of texts refuses."""
+    with pytest.raises(DurationError) as caught:
+        Duration(amount, unit)  # type: ignore[arg-type]
+    assert helpful in str(caught.value)
+
+
+def test_made_by_hand_is_exact() -> None:
+    """Any real number becomes the fraction that it prints as, so that what was made by hand reads back."""
+    made = Duration(0.1, "epochs")  # type: ignore[arg-type]
+    assert made == Duration.parse("0.1 epochs") == Duration.parse(str(made))
+    assert isinstance(made.amount, Fraction)
+    assert Duration(3, "steps") == Duration.parse("3 steps")  # type: ignore[arg-type]
 
 
 def test_a_duration_passes_through() -> None:

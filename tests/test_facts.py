@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from lehr.errors import ModelError, SelectionError
-from lehr.run.facts import inspect, named, unwrap
+from lehr.run.facts import by_hand, inspect, named, unwrap
 from lehr.selection import ModelFacts, select
 
 
@@ -293,6 +293,16 @@ def test_understood_says_how() -> None:
         "tied: 0.weight is also 1.weight: one parameter",
         "2 parameters were frozen by hand: 0.weight, 0.bias; they stay so unless a stage names them",
     )
+
+
+def test_frozen_by_hand_is_what_requires_grad_says() -> None:
+    """On a model that no plan has touched, frozen by hand is what does not require gradients; a tied weight
+    under its first name."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].weight = net[0].weight
+    net[1].weight.requires_grad_(False)
+    assert by_hand(net) == by_hand(nn.DataParallel(net)) == {"0.weight"}
+    assert [p.name for p in inspect(net).parameters if p.frozen_by_hand] == ["0.weight"]
 
 
 def test_names_shapes_and_order() -> None:

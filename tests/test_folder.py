@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lehr.errors import RequestError
-from lehr.planning import Plan, resolve
+from lehr.planning import Plan
 from lehr.recipe import Recipe, Stage, load_recipe
+from lehr.resolving import resolve
 from lehr.run.folder import RunFolder, environment
 from lehr.run.precision import arithmetic
 from lehr.run.weights import read_weights

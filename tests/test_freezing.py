@@ -20,7 +20,7 @@ from torch import nn
 
 from lehr.errors import RunError, SelectionError
 from lehr.run import freezing
-from lehr.run.facts import inspect, named
+from lehr.run.facts import by_hand, inspect, named
 from lehr.run.freezing import freeze, set_trainable, thaw
 from lehr.selection import select
 
@@ -393,6 +393,30 @@ def test_no_history(actions: list[tuple[str, Any]], last: frozenset[str]) -> Non
     assert _state(model, last) == expected
 
 
+HAND_ACTIONS = st.one_of(
+    *(st.tuples(st.just(kind), st.sampled_from(TIED_NAMES)) for kind in ("freeze", "thaw", "requires_grad")),
+    st.tuples(st.just("set"), SUBSETS),
+    st.tuples(st.just("copy"), st.none()),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(actions=st.lists(HAND_ACTIONS, max_size=6), plans=st.lists(SUBSETS, min_size=1, max_size=3))
+def test_a_plan_changes_nothing_that_is_read_off(actions: list[tuple[str, Any]], plans: list[Any]) -> None:
+    """`inspect` says the same before and after set_trainable, whoever froze what before."""
+    model: nn.Module = Tied()
+    for action, value in actions:
+        if action in ("freeze", "thaw"):
+            {"freeze": freeze, "thaw": thaw}[action](model, value)
+            assert (value in by_hand(model)) == (action == "freeze")
+        else:
+            model = _act(model, action, value)
+    facts = inspect(model)
+    for names in plans:
+        set_trainable(model, names)
+        assert inspect(model) == facts
+
+
 def test_tied_weights_freeze_together() -> None:
     """A tied weight has one name; frozen under it, it is frozen in both places."""
     model = Tied()
@@ -588,6 +612,19 @@ def test_state_dict() -> None:
     assert not model.train().body.training
 
 
+def test_a_plan_leaves_nothing_but_its_notes_behind() -> None:
+    """What set_trainable froze of a copy, a pickle or a part is known there to be a plan's; once all of it
+    trains again nothing but the record of the model is left."""
+    model = Small()
+    before = {path: set(vars(m)) for path, m in model.named_modules()}
+    set_trainable(model, frozenset({"fc.weight"}))
+    for other in (model, copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert by_hand(other) == frozenset()
+        assert by_hand(nn.Sequential(other.body, nn.Linear(8, 2))) == frozenset()
+    set_trainable(model, frozenset(named(model)))
+    assert {p: set(vars(m)) - {"_lehr_frozen"} for p, m in model.named_modules()} == before
+
+
 def test_classes_stay() -> None:
     """No module changes its class, and nothing is left behind by a thaw but what thaw itself remembers."""
     model = Small()
@@ -681,12 +718,15 @@ def test_symbolic_trace() -> None:
 
 
 def test_script() -> None:
-    """TorchScript compiles a model with frozen parts."""
-    model = _frozen_body().eval()
+    """TorchScript compiles a model with frozen parts, and takes over nothing of lehr's."""
+    model = Small()
+    set_trainable(model, frozenset({"fc.weight"}))
+    model.eval()
     x = _images()[0]
     with pytest.warns((DeprecationWarning, FutureWarning)):
         scripted = torch.jit.script(model)
     assert torch.equal(scripted(x), model(x))
+    assert "lehr" not in scripted._c.dump_to_str(True, True, True)
 
 
 def test_parametrized_modules() -> None:

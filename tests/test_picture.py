@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from lehr.errors import RequestError
-from lehr.planning import Plan, resolve
+from lehr.planning import Plan
 from lehr.recipe import Recipe, Stage
 from lehr.report.picture import draw_plan
+from lehr.resolving import resolve
 from lehr.schedules import cosine, hold, linear
 from lehr.selection import ModelFacts, ParameterFacts
 
@@ -44,12 +45,14 @@ def test_a_plan_is_drawn_in_each_format(suffix: str, tmp_path: Path) -> None:
 
 
 def test_the_picture_names_stages_and_groups(tmp_path: Path) -> None:
-    """Each stage with what it trains and each group that has a curve of its own is written in the
-    picture."""
+    """The model, each stage with what it trains and each group that has a curve of its own are written in
+    the picture; a group that differs in weight decay alone is not."""
     draw_plan(plan_of(HEAD, ALL), tmp_path / "plan.svg")
     text = (tmp_path / "plan.svg").read_text(encoding="utf-8")
-    for word in ("head", "all", "4.65 % of parameters", "100 % of parameters", "backbone", "learning rate"):
+    for word in ("head", "all", "4.7 % of parameters", "100.0 % of parameters", "backbone", "learning rate"):
         assert f"<!-- {word}" in text, word
+    assert "<!-- net -->" in text
+    assert "no_decay" not in text
 
 
 def test_a_long_recipe_and_a_single_step_can_be_drawn(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_frozen_steps_have_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Axes, "plot", spy)
     draw_plan(plan_of(HEAD, ALL), tmp_path / "plan.png")
-    assert ("backbone, backbone/no_decay", 0) in drawn
+    assert ("backbone", 0) in drawn
     assert ("head", 20) in drawn
 
 

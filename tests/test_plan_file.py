@@ -18,8 +18,9 @@ import pytest
 
 from lehr.errors import RecipeError
 from lehr.plan_json import content_hash
-from lehr.planning import Plan, resolve
+from lehr.planning import Plan, Step
 from lehr.recipe import Recipe, Stage
+from lehr.resolving import resolve
 from lehr.schedules import constant, cosine, warmup
 from plans import NET, TWO_STAGES, plan_of
 
@@ -83,7 +84,7 @@ def test_equal_plans_have_equal_hashes() -> None:
 
 SCRIPT = """
 import pickle, sys
-from lehr.planning import resolve
+from lehr.resolving import resolve
 recipe, facts = pickle.load(open(sys.argv[1], "rb"))
 plan = resolve(recipe, facts, samples=320)
 print(plan.hash, sorted(plan[37].trainable), dict(plan[37].lr))
@@ -136,6 +137,49 @@ def test_a_plan_can_be_copied_and_pickled() -> None:
     assert pickle.loads(pickle.dumps(plan)) == plan
     assert plan[3] == copy.deepcopy(plan)[3]
     assert pickle.loads(pickle.dumps(plan))[3] == plan[3]
+
+
+@pytest.mark.parametrize("copied", [lambda step: pickle.loads(pickle.dumps(step)), copy.deepcopy, copy.copy])
+def test_a_step_can_be_copied_and_pickled(copied: Callable[[Step], Step]) -> None:
+    """A copy and a pickle of a step are the step, and as read-only."""
+    step = resolve(TWO_STAGES, NET, samples=320)[37]
+    again = copied(step)
+    assert again == step
+    assert hash(again) == hash(step)
+    with pytest.raises(TypeError):
+        again.lr["head"] = 1.0  # type: ignore[index]
+
+
+def test_plans_are_keys() -> None:
+    """Plans, stages and steps can stand in a set: equal ones have equal hashes."""
+    one, two = (resolve(TWO_STAGES, NET, samples=320) for _ in range(2))
+    other = resolve(TWO_STAGES, NET, samples=319)
+    assert len({one, two, other}) == 2
+    assert len({*one.stages, *two.stages}) == 2
+    assert len({one[3], two[3], one[4]}) == 2
+
+
+def test_the_hash_does_not_see_how_a_length_was_written() -> None:
+    """The same steps written as a share, as epochs or as steps are the same rates, so one hash; the page
+    shows each person's words.
+    """
+    written = [
+        f'{warmup} >> one_cycle("{up}") >> hold("{held}")'
+        for warmup, up, held in [
+            ('warmup("0%")', "50%", "50%"),
+            ('warmup("0 steps")', "5 steps", "10 steps"),
+            ('warmup("0 epochs")', "0.5 epochs", "1 epoch"),
+        ]
+    ]
+    plans = [plan_of(schedule=text) for text in written]
+    assert len({plan.hash for plan in plans}) == 1
+    assert str(plans[0].stages[0].schedule) == (
+        'one_cycle(up="5 steps", length="10 steps") >> hold("10 steps")'
+    )
+    for plan in plans:
+        assert plan.lr("all").tolist() == plans[0].lr("all").tolist()
+        assert f"  1  {plan.said[0]}\n     = one_cycle 10 steps (0 to 10), then hold" in str(plan)
+    assert plan_of(schedule='warmup("10 steps") >> cosine()').hash != plans[0].hash
 
 
 def _damage(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -244,6 +288,19 @@ def test_the_page_says_the_rest() -> None:
     ):
         assert words in page
     assert all(line == line.rstrip() for line in page.splitlines())
+
+
+def test_the_page_names_what_trains() -> None:
+    """Each stage names the shortest modules that cover what it trains, three at most, and how many more."""
+
+    def names(*train: str) -> str:
+        lines = str(plan_of(Stage("2 epochs", train=list(train), lr=0.1))).splitlines()
+        return next(line for line in lines if line.startswith("     = "))
+
+    assert names("head") == "     = fc"
+    assert names("all") == "     = the whole model"
+    assert names("all", "!body.bias") == "     = stem, bn, body.weight and 1 more"
+    assert names("bias", "stem") == "     = stem, bn.bias, body.bias and 1 more"
 
 
 def test_the_page_counts_parts_of_epochs() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lehr.errors import RecipeError, SelectionError
-from lehr.planning import resolve
 from lehr.recipe import Recipe, Stage
+from lehr.resolving import resolve
 from lehr.schedules import constant
 from lehr.selection import ModelFacts
 from plans import NET, P, plan_of

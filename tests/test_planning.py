@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lehr.errors import RecipeError, RequestError, ScheduleError, SelectionError
-from lehr.planning import Plan, batches_in, resolve
+from lehr.planning import Plan, batches_in
 from lehr.recipe import Recipe, Stage
-from lehr.schedules import constant, cosine, hold, linear
+from lehr.resolving import resolve
+from lehr.schedules import constant, cosine, hold, linear, one_cycle, restarts
 from lehr.selection import ModelFacts
 from plans import NET, TWO_STAGES, plan_of
 from strategies import joins, models
@@ -337,6 +338,20 @@ def test_notes() -> None:
     ("make", "error", "helpful"),
     [
         (lambda: plan_of(samples=0), RecipeError, "samples=0; a plan needs at least one training sample"),
+        (lambda: plan_of(samples=2.5), RecipeError, "samples=2.5; "),
+        (lambda: plan_of(samples=True), RecipeError, "samples=True; "),
+        (
+            lambda: plan_of(batches=0),
+            RecipeError,
+            "batches=0; an epoch needs at least one batch: expected a whole number, 1 or more",
+        ),
+        (lambda: plan_of(batches=-3), RecipeError, "batches=-3; "),
+        (lambda: plan_of(batches=7.0), RecipeError, "batches=7.0; "),
+        (
+            lambda: plan_of(schedule=restarts("4 steps", grow=2, shape=one_cycle("5 steps"))),
+            ScheduleError,
+            'stages.0 (all, 20 steps): one_cycle: up="5 steps" is longer than the 4 it is part of',
+        ),
         (
             lambda: plan_of(Stage("1 epoch", train="haed", lr=1)),
             SelectionError,

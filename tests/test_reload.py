@@ -100,6 +100,18 @@ def test_predictions_come_in_order_with_errors_as_rows(run: Path, tmp_path: Path
         )
 
 
+@pytest.mark.parametrize("weights", [{}, {"weights": {"source": "none"}}])
+def test_a_card_that_does_not_say_its_weights_is_read(
+    weights: dict[str, object], run: Path, tmp_path: Path
+) -> None:
+    """A run is used again whether or not its card says what training began with."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    del card["weights"]
+    (folder / "model.json").write_text(json.dumps({**card, **weights}), encoding="utf-8")
+    assert load(folder).classes == ("5", "6", "7", "8", "9")
+
+
 def test_more_classes_than_there_are_is_all_of_them(run: Path, tmp_path: Path) -> None:
     """Asking for the ten likeliest of five classes gives five."""
     Image.new("L", (8, 8)).save(tmp_path / "a.png")

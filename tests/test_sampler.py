@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lehr.errors import DataError
-from lehr.planning import PlannedStage, resolve
+from lehr.planning import PlannedStage
 from lehr.recipe import Recipe, Stage
+from lehr.resolving import resolve
 from lehr.run.facts import inspect
 from lehr.run.sampler import Feed, cut, feed, order, samples_in, size_of
 

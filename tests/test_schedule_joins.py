@@ -108,8 +108,9 @@ def test_rounded_shares_never_overflow(written: list[str], steps: int) -> None:
             schedule.over(steps=steps)
         return
     got = [segment.stop - segment.start for segment in schedule.over(steps=steps).segments]
-    assert sum(got) == min(sum(rounded), steps)
-    if sum(rounded) <= steps:
+    whole = sum(length.amount for length in said) == 100
+    assert sum(got) == (steps if whole else min(sum(rounded), steps))
+    if sum(rounded) == steps or (sum(rounded) < steps and not whole):
         assert got == [n for n in rounded if n]
 
 
@@ -119,6 +120,47 @@ def test_the_last_share_gives_way() -> None:
     """
     curve = (warmup("50%") >> hold("25%") >> linear(length="25%")).over(steps=10)
     assert [segment.stop - segment.start for segment in curve.segments] == [5, 3, 2]
+
+
+def test_the_last_share_takes_the_remainder() -> None:
+    """Shares of 100 % together leave no step behind: what rounding left goes to the last, and no update has
+    rate 0.
+    """
+    curve = (warmup("33%") >> hold("33%") >> linear(length="34%")).over(steps=10)
+    assert [segment.stop - segment.start for segment in curve.segments] == [3, 3, 4]
+    assert curve(9) == 0.25
+    with_steps = (hold("5 steps") >> linear(length="50%") >> warmup("0%")).over(steps=10)
+    assert with_steps(9) > 0
+    assert with_steps(10) == 0
+    less = (hold("33%") >> linear(length="33%")).over(steps=10)
+    assert [segment.stop - segment.start for segment in less.segments] == [3, 3]
+
+
+@given(
+    st.one_of(
+        joins(),
+        st.builds(
+            rshift,
+            warmups(),
+            st.sampled_from(["step", "epoch"]).flatmap(lambda per: shapes(None, per)),
+        ),
+        shapes("30%", "epoch").map(lambda part: part >> hold("0.5 epochs", per="epoch") >> constant()),
+    ),
+    st.integers(10, 300),
+    st.integers(1, 6),
+)
+def test_lengths_in_whole_steps(schedule: Schedule, steps: int, steps_per_epoch: int) -> None:
+    """`in_steps` gives the same factors to the bit, has no length in epochs or shares, is its own
+    `in_steps`, and prints as what it reads from.
+    """
+    curve = schedule.over(steps=steps, steps_per_epoch=steps_per_epoch)
+    resolved = curve.in_steps
+    again = resolved.over(steps=steps, steps_per_epoch=steps_per_epoch)
+    t = np.arange(steps + 3)
+    assert np.array_equal(again(t), curve(t))
+    assert all(part.length is not None and part.length.unit == "steps" for part in resolved.parts)
+    assert again.in_steps == resolved == read_schedule(str(resolved))
+    assert "%" not in str(resolved).replace('up="40%"', "")  # a share of each cycle of a restart stays
 
 
 def test_hold_stays_where_the_part_before_ended() -> None:
@@ -182,6 +224,15 @@ def test_per_epoch_begins_with_the_part() -> None:
     np.testing.assert_allclose(
         curve(np.arange(3, 21)), [1.0] * 2 + [0.75] * 5 + [0.5] * 5 + [0.25] * 5 + [0.0], atol=EXACT
     )
+
+
+def test_every_part_takes_per() -> None:
+    """`constant` and `hold` take `per` too: printed, read back, and without effect on what never changes."""
+    schedule = linear(0.5, length="2 epochs") >> hold("2 epochs", per="epoch") >> constant(per="epoch")
+    assert str(schedule).endswith('hold("2 epochs", per="epoch") >> constant(per="epoch")')
+    assert read_schedule(str(schedule)) == schedule
+    curve = schedule.over(steps=15, steps_per_epoch=3)
+    assert curve(np.arange(6, 15)).tolist() == [0.5] * 6 + [1.0] * 3
 
 
 def test_a_million_steps_at_once() -> None:

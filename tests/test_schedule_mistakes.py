@@ -104,6 +104,15 @@ from lehr.schedules import (
             lambda: restarts("0 steps").over(steps=5),
             'restarts: first="0 steps" is no step; the first cycle needs at least one',
         ),
+        (
+            lambda: restarts("4 steps", grow=2, shape=one_cycle("5 steps")).over(steps=20),
+            'one_cycle: up="5 steps" is longer than the 4 it is part of',
+        ),
+        (
+            lambda: restarts("9 steps", shape=step_decay(["1 epoch"])).over(steps=20),
+            '"1 epoch" needs steps_per_epoch',
+        ),
+        (lambda: hold("1 epoch", per="week"), 'hold: per=\'week\'; expected "step" or "epoch"'),
         (lambda: step_decay(["1 epoch"]).over(steps=5), '"1 epoch" needs steps_per_epoch'),
         (
             lambda: step_decay(["5 steps"], per="epoch").over(steps=9, steps_per_epoch=3),

@@ -19,6 +19,8 @@ import torch
 from torch.optim import lr_scheduler as torch_lr
 
 from lehr.curves import Schedule
+from lehr.errors import ScheduleError
+from lehr.run.optimizer import torch_scheduler
 from lehr.schedules import (
     constant,
     cosine,
@@ -262,3 +264,10 @@ def test_per_epoch_equals_stepping_once_an_epoch(
     np.testing.assert_allclose(
         curve(np.arange(12 * steps_per_epoch)), np.repeat(chained, steps_per_epoch), rtol=0, atol=CHAINED
     )
+
+
+def test_torch_scheduler_wants_a_curve() -> None:
+    """A schedule that was not laid over its steps is refused at once, with what to write."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    with pytest.raises(ScheduleError, match=r"cosine\(\) is no curve.*schedule\.over\(steps=\.\.\.\)"):
+        torch_scheduler(optimizer, cosine())  # type: ignore[arg-type]

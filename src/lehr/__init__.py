@@ -104,7 +104,7 @@ def plan(
         20
     """
     from lehr.errors import RequestError
-    from lehr.planning import resolve
+    from lehr.resolving import resolve
     from lehr.selection import ModelFacts
 
     if isinstance(model, ModelFacts):

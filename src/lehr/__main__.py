@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 import click
 
@@ -28,9 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cli.main(args=None if arguments is None else list(arguments), prog_name="lehr", standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
-    except click.ClickException as wrong:
-        wrong.show()
-        sys.exit(2)
+    except click.UsageError as wrong:
+        _end(_misused(wrong), 2)
     except (KeyboardInterrupt, click.Abort):
         _end("interrupted", 130)
     except BrokenPipeError:  # `lehr plan ... | head`: the reader has seen enough
@@ -49,6 +49,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _end(said: str, code: int) -> None:
     click.echo(f"lehr: {said}", err=True)
     sys.exit(code)
+
+
+def _misused(wrong: click.UsageError) -> str:
+    """One line on a command that was written wrongly."""
+    path = wrong.ctx.command_path if wrong.ctx else "lehr"
+    said = wrong.format_message().strip().rstrip(".")
+    if isinstance(wrong, click.NoSuchOption):
+        said += _in_the_recipe(wrong.option_name)
+    return f"{said[:1].lower()}{said[1:]}; see {path} --help"
+
+
+def _in_the_recipe(option: str) -> str:
+    """How to say what is no option because it stands in the recipe."""
+    from lehr.recipe import Recipe, Stage
+
+    key = option.lstrip("-").replace("-", "_")
+    if key in ("epochs", "steps", "length"):
+        return (
+            f', but the recipe says it: --set "stages.0.length=5 {"steps" if key == "steps" else "epochs"}"'
+        )
+    for cls, place in ((Recipe, ""), (Stage, "stages.0.")):
+        if key in (f.name for f in fields(cls)):
+            return f", but the recipe says it: --set {place}{key}=..."
+    return ""
 
 
 def _plain(error: Exception) -> str:

@@ -23,17 +23,40 @@ if TYPE_CHECKING:
     from lehr.journal import Observer
 
 F = TypeVar("F", bound=Callable[..., Any])
+_KEPT = ("best.safetensors", "recipe.toml", "plan.json", "plan.png", "journal.jsonl")
+_EXAMPLES = "examples/digits"
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(context_settings=_SETTINGS)
+@click.group(context_settings=_SETTINGS, invoke_without_command=True)
 @click.version_option(__version__, prog_name="lehr")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Fine-tune PyTorch models in stages: freeze, warm up, train the head, thaw, anneal.
 
     DATA is a folder of class folders (or one with train/ and val/), a .npz file, a folder with CIFAR-10's
-    files, or the built-in name "digits". Try: lehr fit digits
+    files, or the built-in name "digits".
+
+    \b
+    Try: lehr fit digits
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number; click's own writes its range into the help as [x>=1]."""
+
+    def read(said: str) -> int:
+        try:
+            number = int(said)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise click.BadParameter(f"{said}; expected a whole number, {least} or more")
+        return number
+
+    return read
 
 
 def _job_options(command: F) -> F:
@@ -71,7 +94,7 @@ def _job_options(command: F) -> F:
         ),
         click.option(
             "--size",
-            type=click.IntRange(min=1),
+            type=_at_least(1),
             metavar="PIXELS",
             help="Side of the images that the model sees.  [default: the model's own]",
         ),
@@ -91,11 +114,16 @@ def _job_options(command: F) -> F:
     "--device", default="auto", metavar="NAME", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
 )
 @click.option(
-    "--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16", "fp16"])
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    help="auto: bf16 on CUDA that has it, else fp32.",
 )
 @click.option(
     "--workers",
-    type=click.IntRange(min=0),
+    type=_at_least(0),
+    metavar="N",
     help="Processes that load images.  [default: one less than the cores, at most 8]",
 )
 @click.option(
@@ -117,7 +145,7 @@ def fit(
     from lehr.run.precision import arithmetic
 
     arithmetic(device, precision)  # refused before the data are read
-    job = _prepared(_request(asked))
+    job = _prepared(_request(asked), fetch=True)
     from lehr import job as jobs
     from lehr.run.loop import fit as run_fit
 
@@ -128,15 +156,19 @@ def fit(
 
             observers.append(to_tensorboard(folder.path / "tensorboard"))
         _say(f"{job.model_name} on {job.request.data}: {len(job.data.classes)} classes, run in {folder.path}")
-        for note in (*job.facts.understood, *job.notes):
-            _say(f"  {note}")
         on: dict[str, Any] = {"device": device, "precision": precision, "workers": _workers(job, workers)}
         train = job.data.train(job.transform, seed=job.recipe.seed)
         valid = job.data.valid(job.transform)
         halves = (train, valid if len(valid) else None)
         try:
             result = run_fit(
-                job.made.module, *halves, recipe=job.recipe, out=folder.path, observers=observers, **on
+                job.made.module,
+                *halves,
+                recipe=job.recipe,
+                out=folder.path,
+                observers=observers,
+                notes=job.notes,
+                **on,
             )
         except BaseException:
             if folder.weights.is_file():
@@ -144,27 +176,46 @@ def fit(
             raise
     if scratch if scratch is not None else job.request.data == "digits":
         _compare(job, result.best, halves, on)
-    _say(f"next: lehr predict {_quoted(folder.path)} IMAGE...")
+    kept = (name for name in _KEPT if (folder.path / name).is_file())
+    _say(f"kept in {folder.path}: {', '.join(kept)}")
+    _say(f"next: lehr predict {_quoted(folder.path)} {_to_predict(job)}")
+
+
+def _to_predict(job: Job) -> str:
+    """Images that are at hand for the built-in data, in a checkout; a person has others."""
+    from pathlib import Path
+
+    return _EXAMPLES if job.request.data == "digits" and Path(_EXAMPLES).is_dir() else "IMAGE..."
 
 
 def _compare(job: Job, best: Any, halves: tuple[Any, Any], on: dict[str, Any]) -> None:
     """Train the same network from scratch for as many updates, and say by how much fine-tuning beats it."""
     from lehr.job import from_scratch
     from lehr.run.loop import fit as run_fit
-    from lehr.run.validation import higher_is_better
 
     _say(f"the same network from scratch, as many updates ({job.plan.total_steps:,}):")
     made, recipe = from_scratch(job)
     other = run_fit(made.module, *halves, recipe=recipe, observers=[_bar()], **on).best
     monitor = job.recipe.monitor if job.recipe.monitor in best else "train_loss"
-    gain = (best[monitor] - other[monitor]) * (1 if higher_is_better(monitor, None) else -1)
+    _say(_difference(monitor, best[monitor], other[monitor]))
+
+
+def _difference(metric: str, tuned: float, scratch: float) -> str:
+    """Both numbers as they are shown, and what lies between them as they are shown.
+
+    >>> _difference("valid_accuracy", 0.88647, 0.8591)
+    'valid_accuracy: 88.6 % fine-tuned, 85.9 % from scratch: 2.7 points better'
+    >>> _difference("valid_loss", 0.5, 0.4)
+    'valid_loss: 0.5000 fine-tuned, 0.4000 from scratch: 0.1000 worse'
+    """
+    percent = metric == "valid_accuracy"
+    digits, factor, unit, points = (1, 100, " %", " points") if percent else (4, 1, "", "")
+    ours, theirs = (round(factor * value, digits) for value in (tuned, scratch))
+    gain = round(ours - theirs if percent else theirs - ours, digits)  # all the others are losses
     verdict = (
-        f"{'better' if gain > 0 else 'worse'} by {abs(gain):.4f}" if gain else "neither better nor worse"
+        f"{abs(gain):.{digits}f}{points} {'better' if gain > 0 else 'worse'}" if gain else "no difference"
     )
-    _say(
-        f"{monitor}: fine-tuned {best[monitor]:.4f}, from scratch {other[monitor]:.4f}: "
-        f"fine-tuning is {verdict}"
-    )
+    return f"{metric}: {ours:.{digits}f}{unit} fine-tuned, {theirs:.{digits}f}{unit} from scratch: {verdict}"
 
 
 @main.command()
@@ -175,7 +226,7 @@ def plan(as_json: bool, png: str | None, **asked: Any) -> None:
     """Show what would train when, at which rate, without training."""
     from lehr import plan_json
 
-    job = _prepared(_request(asked))
+    job = _prepared(_request(asked), fetch=False)
     if png:
         from lehr.report.picture import draw_plan
 
@@ -205,7 +256,7 @@ def init(out: str, **asked: Any) -> None:
         raise RequestError(
             f"{out}: exists already, and nothing is overwritten; choose another name with --out, or remove it"
         )
-    job = _prepared(_request(asked))
+    job = _prepared(_request(asked), fetch=False)
     request = _again(replace(job.request, recipe=None, settings=()))
     try:
         Path(out).write_text(commented(job.recipe, request=request, file=shlex.quote(out)), encoding="utf-8")
@@ -221,7 +272,12 @@ def init(out: str, **asked: Any) -> None:
 @click.argument("run")
 @click.argument("paths", nargs=-1, required=True)
 @click.option(
-    "--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many classes to show."
+    "--top",
+    type=_at_least(1),
+    metavar="N",
+    default=3,
+    show_default=True,
+    help="How many classes to show.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Comma-separated values.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON list.")
@@ -237,7 +293,11 @@ def predict(run: str, paths: tuple[str, ...], top: int, as_csv: bool, as_json: b
     style = "csv" if as_csv else "json" if as_json else "table"
     failed = prediction.predict_paths(run, paths, top=top, style=style, device=device)
     if failed:
-        _say(f"{failed} image{'s' if failed > 1 else ''} could not be read: see the errors above")
+        many = failed > 1
+        _say(
+            f"{failed} image{'s' if many else ''} could not be read; "
+            f"{'their rows have' if many else 'its row has'} the error"
+        )
         sys.exit(1)
 
 
@@ -256,7 +316,7 @@ def _request(asked: dict[str, Any]) -> Request:
     return Request(**asked)
 
 
-def _prepared(request: Request) -> Job:
+def _prepared(request: Request, *, fetch: bool) -> Job:
     """The job, with a bar while many files are checked."""
     from lehr.job import prepare
 
@@ -274,7 +334,7 @@ def _prepared(request: Request) -> Job:
         bar.update(done - bar.n)
 
     try:
-        return prepare(request, progress=checked, tell=_say)
+        return prepare(request, fetch=fetch, progress=checked, tell=_say)
     finally:
         if bar is not None:
             bar.close()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -113,6 +113,29 @@ class Segment:
         """Where the segment ends: the value of its shape at position n."""
         return float(self.part.shape.values(np.array([float(self.n)]), self.n, self._unit)[0])
 
+    @property
+    def in_steps(self) -> Part:
+        """The part that gives the same factors there, with its lengths in whole steps (in whole epochs inside
+        a shape that is counted in epochs). The lengths inside a shape that restarts stay: they are of each
+        cycle.
+        """
+        fixed = {f.name: self._fixed(getattr(self.part.shape, f.name)) for f in fields(self.part.shape)}  # type: ignore[arg-type]
+        shape = shapes.Hold() if isinstance(self.part.shape, shapes.Hold) else type(self.part.shape)(**fixed)
+        return replace(self.part, shape=shape, length=_steps(self.stop - self.start))
+
+    def check(self) -> None:
+        """Refuse a duration inside the shape that cannot be resolved: in any cycle, where it restarts."""
+        shape = self.part.shape
+        begins = shape.bounds(self.n, self._unit)[:-1] if isinstance(shape, shapes.Restarts) else np.zeros(1)
+        shape.values(begins, self.n, self._unit)
+
+    def _fixed(self, value: Any) -> Any:
+        """A setting of the shape with its durations resolved."""
+        if isinstance(value, Duration):
+            whole = self._unit(value, self.n)
+            return Duration(Fraction(whole), "epochs" if self.part.per == "epoch" else "steps")
+        return tuple(map(self._fixed, value)) if isinstance(value, tuple) else value
+
     def _unit(self, length: Duration, whole: int) -> int:
         if self.part.per == "epoch":
             if length.unit == "steps":
@@ -170,8 +193,23 @@ class Curve:
                 )
                 start = stop
         for segment in segments:
-            segment.end  # noqa: B018 - a duration inside a shape that cannot be resolved is refused here
+            segment.check()
         return tuple(segments)
+
+    @property
+    def in_steps(self) -> Schedule:
+        """A schedule that gives the same factors, to the bit, in which every length is a number of whole
+        steps; parts that got no step are left out.
+
+        Example:
+            >>> from lehr.schedules import cosine, one_cycle, warmup
+            >>> (warmup("10%") >> cosine()).over(steps=100).in_steps
+            warmup("10 steps") >> cosine(length="90 steps")
+            >>> one_cycle("30%").over(steps=100).in_steps
+            one_cycle(up="30 steps", length="100 steps")
+        """
+        peak = Part(shapes.Constant(), _steps(self.steps))  # where no part got a step
+        return Schedule(tuple(segment.in_steps for segment in self.segments) or (peak,))
 
     @overload
     def __call__(self, step: int) -> float: ...
@@ -211,24 +249,30 @@ def _lengths(schedule: Schedule, steps: int, steps_per_epoch: int | None) -> lis
         0 if d is None else d.steps(whole=steps, steps_per_epoch=steps_per_epoch, where=str(part))
         for part, d in zip(schedule.parts, said, strict=True)
     ]
-    over = sum(lengths) - steps
-    if over > 0:
-        shares = sum((d.amount for d in said if d is not None and d.unit == "%"), Fraction(0))
-        fixed = sum(n for n, d in zip(lengths, said, strict=True) if d is not None and d.unit != "%")
-        if fixed + shares * steps / 100 > steps:
-            raise ScheduleError(
-                f"{schedule}: its parts take {sum(lengths)} steps, but there are only {steps}; shorten them, or write shares (%)"
-            )
-        # The shares fit, only their rounding does not: the last ones give way.
+    left = steps - sum(lengths)
+    exact = sum(
+        (d.amount * steps / 100 if d.unit == "%" else n for n, d in zip(lengths, said, strict=True) if d),
+        Fraction(0),
+    )
+    if left < 0 and exact > steps:
+        raise ScheduleError(
+            f"{schedule}: its parts take {sum(lengths)} steps, but there are only {steps}; shorten them, or write shares (%)"
+        )
+    if left >= 0 and None in said:
+        lengths[said.index(None)] = left
+    elif left < 0 or exact == steps:
+        # The shares fit, only their rounding does not: the last ones give way, or the last takes what is left.
         for index in reversed(range(len(lengths))):
             duration = said[index]
-            if duration is not None and duration.unit == "%":
-                cut = min(over, lengths[index])
-                lengths[index] -= cut
-                over -= cut
-    elif None in said:
-        lengths[said.index(None)] = -over
+            if duration is not None and duration.unit == "%" and duration.amount:
+                change = max(left, -lengths[index])
+                lengths[index] += change
+                left -= change
     return lengths
+
+
+def _steps(count: int) -> Duration:
+    return Duration(Fraction(count), "steps")
 
 
 def _positions(part: Part, start: int, stop: int, steps_per_epoch: int | None) -> int:

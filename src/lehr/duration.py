@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Literal
+from numbers import Real
+from typing import Literal, get_args
 
 from lehr.errors import DurationError, nearest
 
@@ -30,6 +31,8 @@ class Duration:
     `"5 epochs"` (a fraction of an epoch is allowed), `"400 steps"` (whole), `"10%"` (of the thing that it
     is part of, 0 to 100).
 
+    `amount` may be given as any finite real number, and is kept as the fraction that it prints as.
+
     Raises:
         DurationError: for a bare number, an unknown unit, a negative amount, part of a step, more than 100 %.
 
@@ -42,6 +45,19 @@ class Duration:
 
     amount: Fraction
     unit: Unit
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "amount", _exact(self.amount))
+        if self.unit not in get_args(Unit):
+            raise DurationError(f"unit={self.unit!r}; expected one of {', '.join(map(repr, get_args(Unit)))}")
+        if self.amount < 0:
+            raise DurationError(f'"{self}" is negative; a duration is 0 or more')
+        if self.unit == "steps" and self.amount.denominator != 1:
+            raise DurationError(
+                f'"{self}": a step is one update and cannot be divided; write a whole number of steps'
+            )
+        if self.unit == "%" and self.amount > 100:
+            raise DurationError(f'"{self}" is more than the whole; a share lies between 0% and 100%')
 
     @classmethod
     def parse(cls, text: str | Duration, *, where: str = "duration") -> Duration:
@@ -66,19 +82,10 @@ class Duration:
             raise DurationError(
                 f"{where}: {text!r}: unknown unit {unit!r}{nearest(unit.lower(), _UNITS)} Expected epochs, steps or %"
             )
-        return cls._checked(Fraction(number.replace("_", "")), _UNITS[unit.lower()], f"{where}: {text!r}")
-
-    @classmethod
-    def _checked(cls, amount: Fraction, unit: Unit, said: str) -> Duration:
-        if amount < 0:
-            raise DurationError(f"{said} is negative; a duration is 0 or more")
-        if unit == "steps" and amount.denominator != 1:
-            raise DurationError(
-                f"{said}: a step is one update and cannot be divided; write a whole number of steps"
-            )
-        if unit == "%" and amount > 100:
-            raise DurationError(f"{said} is more than the whole; a share lies between 0% and 100%")
-        return cls(amount, unit)
+        try:
+            return cls(Fraction(number.replace("_", "")), _UNITS[unit.lower()])
+        except DurationError as error:
+            raise DurationError(f"{where}: {error}") from None
 
     def steps(
         self, *, whole: int | None = None, steps_per_epoch: int | None = None, where: str = "duration"
@@ -117,6 +124,16 @@ class Duration:
 
     def __repr__(self) -> str:
         return f'Duration.parse("{self}")'
+
+
+def _exact(amount: object) -> Fraction:
+    """A real number as the fraction that it prints as: 0.1 is a tenth."""
+    try:
+        if isinstance(amount, Real) and not isinstance(amount, bool):
+            return amount if isinstance(amount, Fraction) else Fraction(str(amount))
+    except ValueError:  # not a number, or infinite
+        pass
+    raise DurationError(f"amount={amount!r}; expected a finite number")
 
 
 def _decimal(amount: Fraction) -> str:

@@ -5,6 +5,7 @@ It prints nothing, and must not know how a command was written.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,10 @@ import torch
 from lehr.data import Data, Transform, open_data
 from lehr.defaults import default_augment, default_recipe
 from lehr.errors import RecipeError, RequestError, RunError, nearest
-from lehr.planning import Plan, resolve
+from lehr.planning import Plan
 from lehr.recipe import Recipe, Stage, load_recipe, overridden, recipe_from
 from lehr.report.picture import draw_plan
+from lehr.resolving import resolve
 from lehr.run.facts import inspect
 from lehr.run.folder import RunFolder
 from lehr.run.models import DIGITS_NET, Made, check_fit, check_name, make_model
@@ -30,6 +32,7 @@ from lehr.selection import ModelFacts
 DEFAULT_MODEL = "mobilenetv3_large_100"
 _MEASURED = ("train_loss", "valid_accuracy", "valid_loss")
 _LISTING, _PICTURE = "data.json", "plan.png"
+_UNFETCHED = "weights: published, fetched by lehr fit"
 _OURS = (CARD, _LISTING, _PICTURE, "recipe.toml", "plan.json", "environment.json", "tensorboard")
 
 
@@ -78,6 +81,7 @@ class Job:
 def prepare(
     request: Request,
     *,
+    fetch: bool,
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Job:
@@ -85,6 +89,8 @@ def prepare(
 
     Args:
         request: what was asked for.
+        fetch: whether published weights are wanted; without them the plan is the same, for it depends on names
+            and shapes alone.
         progress: called with (files done, files in all) while a folder is checked.
         tell: called with a line before what may take long: published weights may have to be fetched.
 
@@ -98,17 +104,20 @@ def prepare(
     name = request.model or (DIGITS_NET if request.data == "digits" else DEFAULT_MODEL)
     check_name(name)
     data = open_data(request.data, seed=seed, skip_bad=request.skip_bad, progress=progress)
-    if tell and name != DIGITS_NET and request.pretrained and request.weights is None:
+    remote = name != DIGITS_NET and request.pretrained and request.weights is None
+    if tell and remote and fetch:
         tell(f"{name}: fetching its published weights, unless they are on this machine already")
     torch.manual_seed(seed)  # the new head
     made = make_model(
         name,
         len(data.classes),
         weights=request.weights,
-        pretrained=request.pretrained,
+        pretrained=request.pretrained and (fetch or not remote),
         channels=1 if name == DIGITS_NET else 3,
         size=request.size,
     )
+    if remote and not fetch:
+        made = replace(made, notes=(_UNFETCHED,))
     facts = replace(inspect(made.module), name=name)
     recipe = said or _chosen(request, facts, data, made.transform, seed)
     if recipe.augment is None:
@@ -159,20 +168,26 @@ def from_scratch(job: Job) -> tuple[Made, Recipe]:
         channels=job.transform.channels,
         size=job.request.size,
     )
-    peak = max(job.plan.stages[-1].peak_lr.values())
+    last = job.plan.stages[-1]
     stage = Stage(
-        f"{job.plan.total_steps} steps", train="all", lr=peak, batch_size=job.plan.stages[-1].batch_size
+        f"{job.plan.total_steps} steps",
+        train="all",
+        lr=max(last.peak_lr.values()),
+        batch_size=last.batch_size,
+        accumulate=last.accumulate,
     )
-    return fresh, replace(job.recipe, stages=[stage])
+    return fresh, replace(
+        job.recipe, stages=[stage], lr_rule="fixed"
+    )  # the plan's peaks have the rule in them
 
 
 @contextmanager
 def new_run(job: Job, out: str | None) -> Iterator[RunFolder]:
     """The directory that was asked for, or the next free one: runs/DATA-MODEL-1, -2, ...
 
-    It holds what is needed to use the run again (the model's name, classes and transform), which image was in
-    which half, and the picture of the plan. Where something stops it before the run has begun, all of that is
-    taken away again.
+    It holds what is needed to use the run again (the model's name, classes and transform), which weights it
+    began with, which image was in which half, and the picture of the plan. Where something stops it before the
+    run has begun, all of that is taken away again.
 
     Raises:
         RequestError: where the directory holds a run or cannot be made.
@@ -180,7 +195,7 @@ def new_run(job: Job, out: str | None) -> Iterator[RunFolder]:
     """
     folder = RunFolder.create(_free_name(job) if out is None else Path(out).expanduser())
     ours = [folder.path / name for name in _OURS if not (folder.path / name).exists()]
-    card = Card(job.model_name, job.data.classes, replace(job.transform, augment=()))
+    card = Card(job.model_name, job.data.classes, replace(job.transform, augment=()), _origin(job.request))
     try:
         folder.write_json(CARD, card.to_json())
         folder.write_json(_LISTING, job.data.listing.to_json())
@@ -193,6 +208,17 @@ def new_run(job: Job, out: str | None) -> Iterator[RunFolder]:
         elif isinstance(error, RequestError):
             raise RunError(str(error)) from error
         raise
+
+
+def _origin(request: Request) -> dict[str, str]:
+    """Where a run's weights came from; of a file its name without its folders, and what was in it."""
+    if request.weights is None:
+        return {"source": "published" if request.pretrained else "none"}
+    digest = hashlib.sha256()
+    with Path(request.weights).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"source": Path(request.weights).name, "sha256": digest.hexdigest()}
 
 
 def _discard(folder: Path, ours: Sequence[Path]) -> None:

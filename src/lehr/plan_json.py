@@ -14,7 +14,8 @@ from typing import Any
 from lehr.errors import RecipeError
 
 FORMAT = 1
-_WITHOUT_EFFECT = ("model", "notes")  # what a model is called changes nothing; its parameters count
+# What a model is called changes nothing, nor how a length was written: its parameters and steps count.
+_WITHOUT_EFFECT = ("model", "notes", "said")
 _MAY_BE_INFINITE = ("clip_norm", "patience")
 _LARGEST = 256 * 2**20
 

@@ -1,10 +1,11 @@
-"""A plan as a page that a person reads: stages, what trains, rates, unit conversions, notes. Only words; it
-computes nothing new.
+"""A plan as a page that a person reads: stages, what trains, rates, unit conversions, notes. Only words: no
+number on it is new.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,11 +45,41 @@ def _stages(plan: Plan, total: int) -> str:
                 _share(trained, total),
             )
         )
-    return "Stages\n" + _table(
-        ("", "trains", "steps", "count", "epochs", "batch", "tensors", "parameters", "share"),
-        rows,
-        "rlrrrrrrr",
+    columns = ("", "trains", "steps", "count", "epochs", "batch", "tensors", "parameters", "share")
+    header, *lines = _table(columns, rows, "rlrrrrrrr").split("\n")
+    named = [
+        f"{line}\n     = {listed(_covering(plan.trainable(stage), plan.parameters))}"
+        for stage, line in zip(plan.stages, lines, strict=True)
+    ]
+    return "\n".join(["Stages", header, *named])
+
+
+def _covering(trained: Collection[str], every: Iterable[str]) -> list[str]:
+    """The shortest module paths that say what trains: a module stands for its parameters where all of them
+    train.
+
+    >>> _covering({"a.x.weight", "a.x.bias", "b.weight"}, ["a.x.weight", "a.x.bias", "b.weight", "b.bias"])
+    ['a', 'b.weight']
+    """
+    if len(trained) == len(every := list(every)):
+        return ["the whole model"]
+    left_out = {path for name in every if name not in trained for path in _paths(name)}
+    return list(
+        dict.fromkeys(
+            next((path for path in _paths(name) if path not in left_out), name)
+            for name in every
+            if name in trained
+        )
     )
+
+
+def _paths(name: str) -> list[str]:
+    """The modules that hold a parameter, the outermost first, and its own name.
+
+    >>> _paths("a.x.bias")
+    ['a', 'a.x', 'a.x.bias']
+    """
+    return list(accumulate(name.split("."), "{}.{}".format))
 
 
 def _groups(plan: Plan) -> str:
@@ -74,13 +105,13 @@ def _groups(plan: Plan) -> str:
 
 def _curves(plan: Plan) -> str:
     lines = []
-    for stage in plan.stages:
+    for stage, said in zip(plan.stages, plan.said, strict=True):
         parts = ", then ".join(
             f"{seg.part.shape.name} {_n(seg.stop - seg.start, 'step')} ({_span(stage, seg.start, seg.stop)})"
             for seg in stage.curve.segments
         )
         lines.append(
-            f"  {stage.index + 1}  {stage.schedule}\n     = {parts}; an epoch is {_n(stage.steps_per_epoch, 'step')}"
+            f"  {stage.index + 1}  {said}\n     = {parts}; an epoch is {_n(stage.steps_per_epoch, 'step')}"
         )
     return "Schedules\n" + "\n".join(lines)
 
@@ -138,6 +169,16 @@ def _share(part: int, whole: int) -> str:
 
 def _n(count: int, word: str) -> str:
     return f"{count:,} {word}" + ("" if count == 1 else "s")
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` of `names`, and how many more there are.
+
+    >>> listed(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _and(items: Iterable[object]) -> str:

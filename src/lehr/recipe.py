@@ -1,20 +1,21 @@
 """What a person writes: `Recipe` and `Stage`, frozen and validated, and the strict TOML reader.
 
 A recipe is words: durations keep their units, patterns stay patterns, a percentage stays one. Nothing here
-knows a model or how much data there is; `planning.py` brings them together. Every mistake is a
+knows a model or how much data there is; `resolving.py` brings them together. Every mistake is a
 `RecipeError` that names the place.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomlkit
-from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from tomlkit.exceptions import TOMLKitError
 
@@ -23,6 +24,7 @@ from lehr.duration import Duration
 from lehr.errors import RecipeError, nearest
 from lehr.notation import read_schedule
 from lehr.schedules import cosine, warmup
+from lehr.toml import toml_lines
 
 LrRule = Literal["fixed", "linear"]
 _T = TypeVar("_T")
@@ -33,32 +35,32 @@ _OWN_PLACE = {
 }
 
 
-def _duration(said: object) -> str:
-    """Check a duration; it stays the text that was written."""
-    return str(Duration.parse(said, where="length")) if isinstance(said, Duration) else _checked_text(said)
+def _duration(said: object, *units: str) -> Duration:
+    """The duration; a bare number is refused here, for only some `units` would do."""
+    number = str(said).strip()
+    if not isinstance(said, bool) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", number):
+        ways = " or ".join(f'"{number} {unit}"' for unit in units if number.isdecimal() or unit == "epochs")
+        raise ValueError(f"{said!r} has no unit; write {ways}")
+    return Duration.parse(said, where="duration")  # type: ignore[arg-type]  # refuses everything but text
 
 
-def _checked_text(said: object) -> str:
-    Duration.parse(said, where="duration")  # type: ignore[arg-type]  # refuses everything but text
-    return str(said)
-
-
-def _stage_length(said: str) -> str:
-    length = Duration.parse(said)
+def _stage_length(said: object) -> str:
+    """Check the length of a stage; it stays the text that was written."""
+    length = _duration(said, "epochs", "steps")
     if length.unit == "%":
         raise ValueError(f'"{said}" is a share, but of what? A stage\'s length is in "epochs" or "steps"')
     if not length.amount:
         raise ValueError(f'"{said}" is no stage at all; leave the stage out, or give it at least one step')
-    return said
+    return str(said)
 
 
-def _epochs(said: str) -> str:
-    length = Duration.parse(said)
+def _epochs(said: object) -> str:
+    length = _duration(said, "epochs")
     if length.unit != "epochs" or length.amount.denominator != 1 or not length.amount:
         raise ValueError(
             f'"{said}"; the data are validated once an epoch, so write whole epochs, for example "3 epochs"'
         )
-    return said
+    return str(said)
 
 
 def _patterns(said: object) -> tuple[str, ...]:
@@ -116,8 +118,8 @@ def _setting(key: str, value: object) -> object:
     )
 
 
-Length = Annotated[str, PlainValidator(_duration), AfterValidator(_stage_length)]
-Epochs = Annotated[str, PlainValidator(_duration), AfterValidator(_epochs)]
+Length = Annotated[str, PlainValidator(_stage_length)]
+Epochs = Annotated[str, PlainValidator(_epochs)]
 Patterns = Annotated[str | Sequence[str], PlainValidator(_patterns)]
 Trained = Annotated[str | Sequence[str], PlainValidator(_trained)]
 Rate = Annotated[float | Mapping[str, float], PlainValidator(_rate)]
@@ -240,14 +242,19 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is not a default, as plain values in the form that TOML has."""
+        """All that is said or is a default, as plain values in the form that TOML has; what is None is left out."""
         plain = _said(self, Recipe)
         stages = plain.pop("stages")
         return {**plain, "stages": [_said(stage, Stage) for stage in stages]}
 
     def to_toml(self) -> str:
-        """The recipe as TOML; `load_recipe` reads it back as an equal recipe."""
-        return str(tomlkit.dumps(self.to_dict()))
+        """The recipe as TOML, defaults included, so that it keeps its meaning if a default changes one day.
+
+        `load_recipe` reads it back as an equal recipe.
+        """
+        plain = self.to_dict()
+        stages = [["", "[[stages]]", *toml_lines(stage)] for stage in plain.pop("stages")]
+        return "\n".join([*toml_lines(plain), *(line for lines in stages for line in lines)]) + "\n"
 
 
 def recipe_from(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -340,11 +347,11 @@ def _copied(value: Any) -> Any:
 
 
 def _said(value: Any, cls: type) -> dict[str, Any]:
-    """The fields of a recipe or stage that are not at their default, as TOML's values."""
+    """The fields of a recipe or stage that are not None, as TOML's values."""
     out: dict[str, Any] = {}
     for f in fields(cls):
         item = getattr(value, f.name)
-        if item is None or (f.name != "stages" and item == f.default):
+        if item is None:
             continue
         if isinstance(item, Schedule):
             item = str(item)
@@ -390,7 +397,36 @@ def _finding(found: dict[str, Any], cls: type) -> str:
         return f"{found['input']!r}; only {names[0]!r} may stand without its name: write {meant}={found['input']!r} or the like"
     if place == "stages":
         return f"stages: {found['input']!r}; expected a list of stages: [[stages]] in TOML, stages=[lehr.Stage(...)] in Python"
-    return f"{place}: {found['input']!r}; {found['msg'][0].lower()}{found['msg'][1:]}"
+    return f"{place}: {found['input']!r}; {_expected(kind, found)}"
+
+
+def _expected(kind: str, found: dict[str, Any]) -> str:
+    """What stands instead of pydantic's words; those where it has a kind that is not known here."""
+    words = _EXPECTED.get(kind)
+    if words is None:
+        return f"{found['msg'][0].lower()}{found['msg'][1:]}"
+    return "expected " + words.format(**{k: _plain(v) for k, v in found.get("ctx", {}).items()})
+
+
+def _plain(limit: object) -> object:
+    return f"{limit:g}" if isinstance(limit, float) else limit
+
+
+_EXPECTED = {
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "{le} or less",
+    "less_than": "less than {lt}",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "string_too_short": "a text that is not empty",
+    "literal_error": "{expected}",
+    "dataclass_type": "a stage: a table with length, train and lr",
+}
 
 
 _EXAMPLE = {

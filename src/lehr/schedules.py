@@ -66,24 +66,24 @@ def linear(floor: float = 0.0, *, length: str | None = None, per: Per = "step") 
     return _single(shapes.Linear(floor), length, per)
 
 
-def constant(*, length: str | None = None) -> Schedule:
+def constant(*, length: str | None = None, per: Per = "step") -> Schedule:
     """The peak rate throughout.
 
     Example:
         >>> constant().over(steps=2)(7)
         1.0
     """
-    return _single(shapes.Constant(), length, "step")
+    return _single(shapes.Constant(), length, per)
 
 
-def hold(length: str) -> Schedule:
+def hold(length: str, *, per: Per = "step") -> Schedule:
     """Stay where the part before ended (at the peak, where there is none) for `length`.
 
     Example:
         >>> (warmup("1 step") >> hold("2 steps") >> linear(0)).over(steps=5)(np.arange(6))
         array([0.5, 1. , 1. , 1. , 0.5, 0. ])
     """
-    return _single(shapes.Hold(), length, "step")
+    return _single(shapes.Hold(), length, per)
 
 
 def polynomial(power: float, floor: float = 0.0, *, length: str | None = None, per: Per = "step") -> Schedule:

@@ -25,7 +25,7 @@ class ParameterFacts:
     """One parameter of a model, by its first name.
 
     `layer` counts from 0 at the input to `ModelFacts.layers - 1` at the head; `frozen_by_hand` is True
-    where `requires_grad` was already False when the model was looked at; `aliases` are the other names of a
+    where `requires_grad` was set to False by a person, not by a plan; `aliases` are the other names of a
     tied weight.
     """
 

@@ -19,7 +19,7 @@ from lehr.duration import Duration
 from lehr.errors import ScheduleError
 
 Array = NDArray[np.float64]
-Unit = Callable[[Duration, int], int]
+ToPositions = Callable[[Duration, int], int]
 Curvature = Literal["linear", "quadratic"]
 Anneal = Literal["cosine", "linear"]
 
@@ -46,7 +46,7 @@ class Shape(Protocol):
 
     name: ClassVar[str]
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:
         """Factors at positions `s` of a part that is `n` long."""
         ...
 
@@ -61,7 +61,7 @@ class Cosine:
     def __post_init__(self) -> None:
         _share("cosine", "floor", self.floor)
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002 - one signature for all shapes
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:  # noqa: ARG002 - one signature for all shapes
         """Factors at positions `s` of `n`, as the class says."""
         return self.floor + (1.0 - self.floor) * ((1.0 + np.cos(np.pi * s / n)) / 2.0)
 
@@ -79,7 +79,7 @@ class Warmup:
             _share("warmup", "start", self.start)
         _one_of("warmup", "curve", self.curve, ("linear", "quadratic"))
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:  # noqa: ARG002
         """Factors at positions `s` of `n`, as the class says."""
         start = 1.0 / (n + 1) if self.start is None else self.start
         x = s / n
@@ -96,7 +96,7 @@ class Linear:
     def __post_init__(self) -> None:
         _share("linear", "floor", self.floor)
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:  # noqa: ARG002
         """Factors at positions `s` of `n`, as the class says."""
         return self.floor + (1.0 - self.floor) * (1.0 - s / n)
 
@@ -113,7 +113,7 @@ class Polynomial:
         _share("polynomial", "floor", self.floor)
         _number("polynomial", "power", self.power, 5e-324, "a number above 0 (1 is linear)")
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:  # noqa: ARG002
         """Factors at positions `s` of `n`, as the class says."""
         return self.floor + (1.0 - self.floor) * (1.0 - s / n) ** self.power
 
@@ -132,7 +132,7 @@ class Exponential:
                 "exponential: floor=0 is never reached by a constant ratio; write a small number, say 0.001"
             )
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:  # noqa: ARG002
         """Factors at positions `s` of `n`, as the class says."""
         return np.asarray(self.floor ** (s / n), dtype=np.float64)
 
@@ -143,7 +143,7 @@ class Constant:
 
     name: ClassVar[str] = "constant"
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:  # noqa: ARG002
         """Factors at positions `s` of `n`, as the class says."""
         return np.ones_like(s)
 
@@ -155,7 +155,7 @@ class Hold:
     level: float = 1.0
     name: ClassVar[str] = "hold"
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:  # noqa: ARG002
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:  # noqa: ARG002
         """Factors at positions `s` of `n`, as the class says."""
         return np.full_like(s, self.level)
 
@@ -175,7 +175,7 @@ class StepDecay:
                 'step_decay: at=[] drops nowhere; write where, for example at=["30 epochs", "60 epochs"]'
             )
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:
         """Factors at positions `s` of `n`, as the class says."""
         drops = np.sort(np.array([unit(at, n) for at in self.at], dtype=np.float64))
         return np.asarray(self.by ** np.searchsorted(drops, s, side="right").astype(np.float64))
@@ -201,7 +201,7 @@ class OneCycle:
         _share("one_cycle", "end", self.end)
         _one_of("one_cycle", "curve", self.curve, ("cosine", "linear"))
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:
         """Factors at positions `s` of `n`, as the class says."""
         peak = unit(self.up, n)
         if peak > n:
@@ -235,17 +235,9 @@ class Restarts:
                 f"restarts: shape={self.shape.name} does not come down; use cosine(), linear() or the like"
             )
 
-    def values(self, s: Array, n: int, unit: Unit) -> Array:
+    def values(self, s: Array, n: int, unit: ToPositions) -> Array:
         """Factors at positions `s` of `n`, as the class says."""
-        first = unit(self.first, n)
-        if first < 1:
-            raise ScheduleError(
-                f'restarts: first="{self.first}" is no step; the first cycle needs at least one'
-            )
-        starts = [0.0]
-        while starts[-1] < n:
-            starts.append(starts[-1] + max(1, int(first * self.grow ** (len(starts) - 1) + 0.5)))
-        bounds = np.array(starts)
+        bounds = self.bounds(n, unit)
         # Position n belongs to the cycle that ran last: a schedule that ended does not rise again.
         cycle = np.searchsorted(bounds, np.minimum(s, n - 1), side="right") - 1
         lengths, peaks = np.diff(bounds)[cycle], self.decay ** cycle.astype(np.float64)
@@ -254,3 +246,15 @@ class Restarts:
             here = lengths == length
             out[here] = peaks[here] * self.shape.values((s - bounds[cycle])[here], int(length), unit)
         return out
+
+    def bounds(self, n: int, unit: ToPositions) -> Array:
+        """Where each cycle that begins before position `n` begins, and where the last one would end."""
+        first = unit(self.first, n)
+        if first < 1:
+            raise ScheduleError(
+                f'restarts: first="{self.first}" is no step; the first cycle needs at least one'
+            )
+        starts = [0.0]
+        while starts[-1] < n:
+            starts.append(starts[-1] + max(1, int(first * self.grow ** (len(starts) - 1) + 0.5)))
+        return np.array(starts)

@@ -16,6 +16,7 @@ from lehr.shapes import Array
 _POINTS = 2000  # more than the picture has pixels across
 _LOWEST = 1e-5  # of the highest rate: so far down the axis goes; a cosine without a floor ends at about 0
 _LABELLED = 8  # stages that there is room to label in full
+_NO_DECAY = "/no_decay"
 _FORMATS = (".pdf", ".png", ".svg")
 
 
@@ -40,6 +41,7 @@ def draw_plan(plan: Plan, path: str | Path) -> None:
     peak = max(rate for stage in plan.stages for rate in stage.peak_lr.values())
     axes.set_ylim(bottom=max(axes.get_ylim()[0], peak * _LOWEST))
     axes.grid(alpha=0.25)
+    figure.suptitle(plan.model, fontsize=10, parse_math=False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False
@@ -71,9 +73,11 @@ def _draw_rates(axes: Axes, plan: Plan) -> None:
 def _draw_stage(axes: Axes, plan: Plan, stage: PlannedStage) -> None:
     if stage.index % 2:
         axes.axvspan(stage.start, stage.stop, color="0.5", alpha=0.12, linewidth=0)
-    share = sum(plan.parameters[name] for name in plan.trainable(stage)) / sum(plan.parameters.values())
+    share = _share(
+        sum(plan.parameters[name] for name in plan.trainable(stage)), sum(plan.parameters.values())
+    )
     room = max(6, int(90 * stage.steps / plan.total_steps))
-    full = f"{_cut(stage.label, room)}\n{100 * share:.3g} % of parameters"
+    full = f"{_cut(stage.label, room)}\n{share} of parameters"
     wide = room >= 18 and len(plan.stages) <= _LABELLED
     axes.text(
         (stage.start + stage.stop) / 2,
@@ -88,15 +92,28 @@ def _draw_stage(axes: Axes, plan: Plan, stage: PlannedStage) -> None:
 
 
 def _curves(plan: Plan) -> list[tuple[str, Array]]:
-    """One curve for all groups that share it, under their common names."""
+    """One curve for all groups that share it, under their common names.
+
+    A group and the one beside it without weight decay mostly have the same rates, and then are one name.
+    """
     curves: dict[bytes, tuple[list[str], Array]] = {}
     for group in plan.groups:
         rates = plan.lr(group)
         curves.setdefault(rates.tobytes(), ([], rates))[0].append(group)
-    return [
-        (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""), rates)
-        for names, rates in curves.values()
-    ]
+    return [(_named([n for n in names if n not in _twins(names)]), rates) for names, rates in curves.values()]
+
+
+def _twins(names: list[str]) -> list[str]:
+    return [f"{name}{_NO_DECAY}" for name in names]
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _share(part: int, whole: int) -> str:
+    """As the plan's page writes it."""
+    return f"{100 * part / whole:.1f} %" if part * 1000 >= whole or not part else "< 0.1 %"
 
 
 def _cut(text: str, room: int) -> str:

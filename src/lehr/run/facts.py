@@ -20,7 +20,7 @@ from lehr.selection import ModelFacts, ParameterFacts
 
 BY_HAND = "_lehr_by_hand"
 """Under this a module remembers of its own parameters, by local name, whether a person has them frozen, where
-`requires_grad` does not tell since a plan has set it since. `freezing` writes it.
+a plan has set `requires_grad` otherwise. `freezing` writes it.
 """
 
 _COMPILED = "_orig_mod"
@@ -50,9 +50,9 @@ def inspect(model: nn.Module, *, head: str | Sequence[str] | None = None) -> Mod
     Returns:
         The facts. Parameters stand in the model's own order under their first name, other names of a tied
         weight are its `aliases`. `norm` is True for what a normalisation layer owns; `bias` for every other
-        parameter called bias (`bias`, `in_proj_bias`, `bias_ih_l0`). `frozen_by_hand` is about the person: what
-        `lehr.apply` or `lehr.fit` froze or thawed does not change it. `understood` says in sentences how head
-        and blocks were found.
+        parameter called bias (`bias`, `in_proj_bias`, `bias_ih_l0`). `frozen_by_hand` is about the person:
+        what `lehr.apply` or `lehr.fit` froze or thawed does not change it. `understood` says in sentences how
+        head and blocks were found.
 
     Raises:
         ModelError: for something that is no module, a model without parameters, lazy parameters, or
@@ -128,8 +128,9 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
 def by_hand(model: nn.Module) -> frozenset[str]:
     """The parameters that a person has frozen, whatever a plan made of them since, by the names of `named`.
 
-    What no plan has set differently is as `requires_grad` says. What a plan froze counts as frozen by hand only
-    after `lehr.freeze`: a second `requires_grad_(False)` leaves nothing that could be seen.
+    What no plan has set differently is as `requires_grad` says. What a plan froze already counts as frozen by
+    hand only after `lehr.freeze`, and what it thawed as thawed by hand only after `lehr.thaw`: a
+    `requires_grad_` that changes nothing cannot be seen.
 
     Example:
         >>> by_hand(nn.Linear(2, 2).requires_grad_(False)) == {"weight", "bias"}
@@ -137,11 +138,14 @@ def by_hand(model: nn.Module) -> frozenset[str]:
     """
     frozen: dict[int, bool] = {}
     for module in unwrap(model).modules():
-        told = module.__dict__.get(BY_HAND, {})
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            frozen.setdefault(id(parameter), told.get(name, not parameter.requires_grad))
+        told = dict(module.__dict__.get(BY_HAND, ()))
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                frozen.setdefault(id(parameter), told.get(name, not parameter.requires_grad))
     return frozenset(
-        name for name, parameter in named(model).items() if frozen.get(id(parameter), not parameter.requires_grad)
+        name
+        for name, parameter in named(model).items()
+        if frozen.get(id(parameter), not parameter.requires_grad)
     )
 
 

@@ -102,8 +102,9 @@ def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
     """Lets exactly the parameters `names` train and freezes everything else, whatever the state before.
 
     Idempotent and without history; meant to be called at every step, so a model that is already as wanted is
-    only looked over. What a person has frozen stays known: `lehr.inspect` says the same before and after. Modules that were frozen and now train take the mode that was last asked for with
-    `model.train()`; the mode of modules that trained before is the caller's and stays.
+    only looked over. Modules that were frozen and now train take the mode that was last asked for with
+    `model.train()`; the mode of modules that trained before is the caller's and stays. What a person froze
+    stays known: `lehr.inspect` says the same before and after.
 
     Args:
         model: the model; also inside `torch.compile` or `DistributedDataParallel`.
@@ -243,11 +244,11 @@ def _remember(own: nn.Module, hand: frozenset[str]) -> None:
     """
     frozen = {id(parameter) for name, parameter in named(own).items() if name in hand}
     for module in own.modules():
-        told = {
-            name: id(parameter) in frozen
-            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-            if (id(parameter) in frozen) == parameter.requires_grad
-        }
+        told = frozenset(  # no dict: TorchScript would take that over into its modules
+            (name, id(parameter) in frozen)
+            for name, parameter in module._parameters.items()
+            if parameter is not None and (id(parameter) in frozen) == parameter.requires_grad
+        )
         if told:
             module.__dict__[BY_HAND] = told
         else:

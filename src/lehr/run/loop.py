@@ -19,8 +19,9 @@ from lehr._version import __version__
 from lehr.data.datasets import ImageSamples
 from lehr.errors import NonFiniteError, RecipeError, RequestError, nearest
 from lehr.journal import EpochEnded, Note, Observer, RunEnded, RunStarted, StageEnded, StageStarted
-from lehr.planning import Plan, PlannedStage, resolve
+from lehr.planning import Plan, PlannedStage
 from lehr.recipe import Recipe
+from lehr.resolving import resolve
 from lehr.run.best import Best
 from lehr.run.ema import Ema
 from lehr.run.facts import inspect, unwrap

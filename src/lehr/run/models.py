@@ -148,7 +148,7 @@ def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:
 
     try:
         with _quiet("huggingface_hub", "timm"):
-            net = timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
+            net: Any = timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
     except Exception as error:
         raise _unavailable(name, pretrained, error) from None
     if not pretrained or net.pretrained_cfg.get("num_classes") != classes:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lehr.curves import Curve
-from lehr.errors import ModelError, RecipeError, nearest
+from lehr.errors import ModelError, RecipeError, ScheduleError, nearest
 from lehr.planning import Plan, Step
 from lehr.run.facts import named
 from lehr.run.freezing import set_trainable
@@ -34,7 +34,7 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
 
     Example:
         >>> from lehr.recipe import Recipe, Stage
-        >>> from lehr.planning import resolve
+        >>> from lehr.resolving import resolve
         >>> from lehr.run.facts import inspect as look
         >>> net = nn.Sequential(nn.Linear(4, 2))
         >>> recipe = Recipe([Stage("1 epoch", train="all", lr=0.1)], optimizer="sgd")
@@ -111,6 +111,9 @@ def torch_scheduler(optimizer: torch.optim.Optimizer, curve: Curve) -> LambdaLR:
 
     For use inside other trainers; a lehr plan needs none. Call its `step()` once for each update.
 
+    Raises:
+        ScheduleError: for a schedule that was not yet laid over its steps.
+
     Example:
         >>> from lehr.schedules import linear
         >>> sgd = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=2.0)
@@ -118,6 +121,11 @@ def torch_scheduler(optimizer: torch.optim.Optimizer, curve: Curve) -> LambdaLR:
         >>> sgd.step(); scheduler.step(); scheduler.get_last_lr()
         [1.5]
     """
+    if not isinstance(curve, Curve):
+        raise ScheduleError(
+            f"torch_scheduler: {curve!r} is no curve; lay a schedule over its steps first: "
+            "schedule.over(steps=...), with steps_per_epoch=... where a length is in epochs"
+        )
 
     def factor(step: int) -> float:
         return curve(step)

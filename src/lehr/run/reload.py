@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,15 +39,25 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Card:
-    """What is needed to make a run's model again: kept in the run as `model.json`."""
+    """What is needed to make a run's model again: kept in the run as `model.json`.
+
+    `weights` says what training began with: its `source` is `"published"`, `"none"` or the name of a file, of
+    which there is the `sha256`, too. It is empty where a run does not say it.
+    """
 
     model: str
     classes: tuple[str, ...]
     transform: Transform
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain values."""
-        return {"model": self.model, "classes": list(self.classes), "transform": self.transform.to_json()}
+        return {
+            "model": self.model,
+            "classes": list(self.classes),
+            "transform": self.transform.to_json(),
+            "weights": dict(self.weights),
+        }
 
 
 @dataclass(frozen=True)
@@ -111,12 +121,17 @@ def predict(loaded: Loaded, paths: Iterable[str | Path], *, top: int = 3) -> Ite
                 read_image(Path(path), loaded.transform.transform.channels)
             )
         except DataError as error:
-            tensor = str(error).removeprefix(f"{shown(str(path))}: ")  # the row names it already
+            tensor = _in_row(error, path)
         waiting.append((str(path), tensor))
         if len(waiting) == _BATCH:
             yield from _predicted(loaded, waiting, top, device)
             waiting = []
     yield from _predicted(loaded, waiting, top, device)
+
+
+def _in_row(error: DataError, path: str | Path) -> str:
+    """What stands in the row of an image: the row names it, and nothing is trained on it that must be mended."""
+    return str(error).removeprefix(f"{shown(str(path))}: ").removesuffix("; mend or remove it")
 
 
 def _predicted(
@@ -179,7 +194,10 @@ def _read_card(folder: Path) -> Card | None:
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
         return Card(
-            str(plain["model"]), tuple(map(str, plain["classes"])), Transform.from_json(plain["transform"])
+            str(plain["model"]),
+            tuple(map(str, plain["classes"])),
+            Transform.from_json(plain["transform"]),
+            {str(key): str(value) for key, value in plain.get("weights", {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{file}: damaged: {error}; the model cannot be made from it again") from None
