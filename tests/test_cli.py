@@ -25,8 +25,8 @@ from lehr import job as jobs
 from lehr.__main__ import main
 from lehr.errors import DataError
 from lehr.planning import Plan
-from lehr.resolving import resolve
 from lehr.recipe import load_recipe
+from lehr.resolving import resolve
 from lehr.run import models, weights
 from lehr.run.update import Update
 
@@ -326,16 +326,22 @@ WRONG = {
         ("digits", "--model", "torchvision/squeezenet1_1", "--no-pretrained", "--size", "5"),
         "cannot take images of 5 x 5",
     ),
-    "option": (("digits", "--sett", "x"), "no such option"),
-    "rate": (("digits", "--lr", "1"), "but the recipe says it: --set stages.0.lr=...; see lehr "),
+    "option": (("digits", "--sett", "x"), 'lehr: no such option --sett; did you mean "--set"'),
+    "rate": (
+        ("digits", "--lr", "1"),
+        "no such option --lr; it is said in the recipe: --set stages.0.lr=...; see lehr ",
+    ),
     "batch": (
         (
             "digits",
             "--batch-size=8",
         ),
-        "but the recipe says it: --set batch_size=...; see lehr ",
+        "it is said in the recipe: --set batch_size=...; see lehr ",
     ),
-    "epochs": (("digits", "--epochs", "5"), 'but the recipe says it: --set "stages.0.length=5 epochs"; see '),
+    "epochs": (
+        ("digits", "--epochs", "5"),
+        'it is said in the recipe: --set "stages.0.length=5 epochs"; see ',
+    ),
     "argument": ((), "lehr: missing argument 'DATA'; see lehr "),
     "pixels": (("digits", "--size", "0"), "'--size': 0; expected a whole number, 1 or more; see lehr "),
 }
@@ -521,7 +527,12 @@ def test_planning_fetches_no_weights(
         model, 5, pretrained=False, size=32
     )  # as it would be with its weights, but for them
     wanted: list[bool] = []
-    monkeypatch.setattr(jobs, "make_model", lambda *_, pretrained, **__: wanted.append(pretrained) or made)
+
+    def make(*_: object, pretrained: bool, **__: object) -> models.Made:
+        wanted.append(pretrained)
+        return made
+
+    monkeypatch.setattr(jobs, "make_model", make)
     fetched = jobs.prepare(jobs.Request("digits", model=model, size=32, recipe="recipe.toml"), fetch=True)
     assert wanted == [True]
     assert planned == fetched.plan.hash

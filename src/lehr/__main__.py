@@ -16,7 +16,7 @@ from dataclasses import fields
 import click
 
 from lehr.cli import main as cli
-from lehr.errors import LehrError
+from lehr.errors import LehrError, nearest
 
 _FROM_WORKER = re.compile(r"Caught \w+ in (DataLoader|pin memory)")
 
@@ -54,25 +54,27 @@ def _end(said: str, code: int) -> None:
 def _misused(wrong: click.UsageError) -> str:
     """One line on a command that was written wrongly."""
     path = wrong.ctx.command_path if wrong.ctx else "lehr"
-    said = wrong.format_message().strip().rstrip(".")
     if isinstance(wrong, click.NoSuchOption):
-        said += _in_the_recipe(wrong.option_name)
-    return f"{said[:1].lower()}{said[1:]}; see {path} --help"
+        option = wrong.option_name
+        place = _in_the_recipe(option)
+        near = nearest(option, wrong.possibilities or ()).removesuffix(".")
+        said = f"no such option {option}{f'; it is said in the recipe: --set {place}' if place else near}"
+    else:
+        said = wrong.format_message().strip().rstrip(".")
+    return f"{said[:1].lower()}{said[1:]}{' See' if said.endswith('?') else '; see'} {path} --help"
 
 
-def _in_the_recipe(option: str) -> str:
-    """How to say what is no option because it stands in the recipe."""
+def _in_the_recipe(option: str) -> str | None:
+    """How the recipe says what is no option; None where it does not, either."""
     from lehr.recipe import Recipe, Stage
 
     key = option.lstrip("-").replace("-", "_")
     if key in ("epochs", "steps", "length"):
-        return (
-            f', but the recipe says it: --set "stages.0.length=5 {"steps" if key == "steps" else "epochs"}"'
-        )
+        return f'"stages.0.length=5 {"steps" if key == "steps" else "epochs"}"'
     for cls, place in ((Recipe, ""), (Stage, "stages.0.")):
         if key in (f.name for f in fields(cls)):
-            return f", but the recipe says it: --set {place}{key}=..."
-    return ""
+            return f"{place}{key}=..."
+    return None
 
 
 def _plain(error: Exception) -> str:
