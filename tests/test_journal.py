@@ -41,7 +41,17 @@ from lehr.journal import (
 PAGE = Path(__file__).parents[1] / "docs" / "journal.md"
 
 EXAMPLE = [
-    RunStarted("0.1.0", "5f0c2a9e7d41b86320f9ce158a3d7b640c92e5f17ab8364d0e71c95f2b8ad463", 4, 2, 64, 32, "cpu", "fp32", 2),
+    RunStarted(
+        "0.1.0",
+        "5f0c2a9e7d41b86320f9ce158a3d7b640c92e5f17ab8364d0e71c95f2b8ad463",
+        4,
+        2,
+        64,
+        32,
+        "cpu",
+        "fp32",
+        2,
+    ),
     StageStarted(0, "head", 0, 2, 0, 1, 650, 24490, {"head": 1e-3}),
     StepsTaken(0, 2, (2.302585092994046, 2.1)),
     EpochEnded(

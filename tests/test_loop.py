@@ -406,7 +406,7 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
 def test_a_directory_with_a_file_of_a_run_is_refused(tmp_path: Path) -> None:
     """A recipe that lies where the run would write its own is kept, comments and all."""
     (tmp_path / "recipe.toml").write_text("# mine\n", encoding="utf-8")
-    with pytest.raises(RequestError, match="holds recipe.toml already, and nothing is overwritten"):
+    with pytest.raises(RequestError, match=r"holds recipe\.toml already, and nothing is overwritten"):
         lehr.fit(net(), data(), recipe=one_stage("1 epoch"), out=tmp_path, device="cpu")
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.toml"]
     assert (tmp_path / "recipe.toml").read_text(encoding="utf-8") == "# mine\n"
@@ -428,7 +428,7 @@ def test_what_nothing_would_follow_is_refused(key: str) -> None:
         lehr.fit(net(), data(), recipe=one_stage("1 epoch", **said), loss=loss, device="cpu")
 
 
-def test_the_notes_of_the_plan_are_told(tmp_path: Path) -> None:
+def test_the_notes_of_the_plan_are_told() -> None:
     """What the plan and the caller want known stands in the journal when the run begins."""
     heard: list[Event] = []
     lehr.fit(
