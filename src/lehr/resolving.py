@@ -235,6 +235,14 @@ def _notes(
     never = [p.name for p in facts.parameters if p.name not in trained and not p.frozen_by_hand]
     if never:
         notes.append(f"no stage trains {listed(never)} ({facts.count(never):,} scalars)")
+    joined = [
+        str(s.index + 1) for s in stages if samples and samples > s.batch_size > 1 == samples % s.batch_size
+    ]
+    if joined:
+        where = f"stage{'s' if len(joined) > 1 else ''} {' and '.join(joined)}"
+        notes.append(
+            f"{where}: the last of {samples} samples joins the batch before it (a batch of one has no statistics)"
+        )
     for stage, said in zip(stages, recipe.stages, strict=True):
         if said.batch_size or said.accumulate:
             k = (stage.batch_size * stage.accumulate) / (recipe.batch_size * recipe.accumulate)
@@ -247,15 +255,6 @@ def _notes(
                 notes.append(
                     f"stage {stage.index + 1} has {k:g} times the samples a step; its rates are {rule}"
                 )
-        if (
-            samples > 1
-            and stage.batch_size > 1
-            and samples % stage.batch_size == 1
-            and samples > stage.batch_size
-        ):
-            notes.append(
-                f"stage {stage.index + 1}: the last of {samples} samples joins the batch before it (a batch of one has no statistics)"
-            )
         if stage.steps < stage.steps_per_epoch:
             notes.append(
                 f"stage {stage.index + 1} ends after {stage.steps} of the {stage.steps_per_epoch} steps of an epoch"
