@@ -1,0 +1,122 @@
+"""What may stand in a recipe: the type of each value, with its check and the words that refuse it.
+
+A check returns the value as the recipe keeps it, which is what was written: durations stay texts, one pattern becomes a
+list of one. This file must not know which key takes which value; `recipe.py` says that.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator
+
+from lehr.curves import Schedule
+from lehr.duration import Duration
+from lehr.notation import read_schedule
+
+LrRule = Literal["fixed", "linear"]
+_OWN_PLACE = {
+    "lr": "the stage's `lr`",
+    "weight_decay": "the recipe's `weight_decay`",
+    "params": "the stage's `train`",
+}
+
+
+def _duration(said: object, *units: str) -> Duration:
+    """The duration; a bare number is refused here, for only some `units` would do."""
+    number = str(said).strip()
+    if not isinstance(said, bool) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", number):
+        ways = " or ".join(f'"{number} {unit}"' for unit in units if number.isdecimal() or unit == "epochs")
+        raise ValueError(f"{said!r} has no unit; write {ways}")
+    return Duration.parse(said, where="duration")  # type: ignore[arg-type]  # refuses everything but text
+
+
+def _stage_length(said: object) -> str:
+    """Check the length of a stage; it stays the text that was written."""
+    length = _duration(said, "epochs", "steps")
+    if length.unit == "%":
+        raise ValueError(f'"{said}" is a share, but of what? A stage\'s length is in "epochs" or "steps"')
+    if not length.amount:
+        raise ValueError(f'"{said}" is no stage at all; leave the stage out, or give it at least one step')
+    return str(said)
+
+
+def _epochs(said: object) -> str:
+    length = _duration(said, "epochs")
+    if length.unit != "epochs" or length.amount.denominator != 1 or not length.amount:
+        raise ValueError(
+            f'"{said}"; the data are validated once an epoch, so write whole epochs, for example "3 epochs"'
+        )
+    return str(said)
+
+
+def _patterns(said: object) -> tuple[str, ...]:
+    listed = (said,) if isinstance(said, str) else said
+    if not isinstance(listed, Sequence) or not all(isinstance(p, str) and p for p in listed):
+        raise ValueError(f'{said!r}; expected a pattern such as "head", or a list of patterns')
+    return tuple(listed)
+
+
+def _trained(said: object) -> tuple[str, ...]:
+    patterns = _patterns(said)
+    if not patterns:
+        raise ValueError('[] trains nothing; name what to train, for example "head" or "all"')
+    return patterns
+
+
+def _rate(said: object) -> float | dict[str, float]:
+    if isinstance(said, Mapping):
+        if not said:
+            raise ValueError(
+                "{} gives no rate; write a number, or a rate for each pattern: { head = 1e-3, backbone = 1e-4 }"
+            )
+        return {str(pattern): _positive(rate, f"rate of {pattern!r}") for pattern, rate in said.items()}
+    return _positive(said, "rate")
+
+
+def _positive(said: object, what: str) -> float:
+    if isinstance(said, bool) or not isinstance(said, (int, float)) or not 0 < said < float("inf"):
+        raise ValueError(f"{said!r}; expected a {what} above 0, a number such as 1e-3")
+    return float(said)
+
+
+def _optimizer(said: object) -> str | dict[str, Any]:
+    table = {"name": said} if isinstance(said, str) else said
+    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str) or not table["name"]:
+        raise ValueError(
+            f'{said!r}; expected a name such as "adamw", or a table {{ name = "sgd", momentum = 0.9 }}'
+        )
+    for key, place in _OWN_PLACE.items():
+        if key in table:
+            raise ValueError(f"{key!r} does not stand in the optimizer; it is said in {place}")
+    return said if isinstance(said, str) else {key: _setting(key, value) for key, value in table.items()}
+
+
+def _setting(key: str, value: object) -> object:
+    """A keyword of the optimizer as TOML and JSON hold it: a tuple is a list, and there is no None and no
+    infinity.
+    """
+    if isinstance(value, (list, tuple)):
+        return [_setting(key, item) for item in value]
+    if isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(
+        f"{key}={value!r}; expected a finite number, a text, true or false, or a list of them; leave out what is None"
+    )
+
+
+Length = Annotated[str, PlainValidator(_stage_length)]
+Epochs = Annotated[str, PlainValidator(_epochs)]
+Patterns = Annotated[str | Sequence[str], PlainValidator(_patterns)]
+Trained = Annotated[str | Sequence[str], PlainValidator(_trained)]
+Rate = Annotated[float | Mapping[str, float], PlainValidator(_rate)]
+OptimizerSaid = Annotated[str | Mapping[str, Any], PlainValidator(_optimizer)]
+ScheduleSaid = Annotated[Schedule, PlainValidator(read_schedule)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
+LayerDecay = Annotated[float, Field(gt=0, le=1, strict=True)]
