@@ -726,7 +726,7 @@ def test_script() -> None:
     with pytest.warns((DeprecationWarning, FutureWarning)):
         scripted = torch.jit.script(model)
     assert torch.equal(scripted(x), model(x))
-    assert "lehr" not in scripted._c.dump_to_str(True, True, True)
+    assert "_lehr_" not in scripted._c.dump_to_str(True, True, True)  # what lehr keeps in a module begins so
 
 
 def test_parametrized_modules() -> None:

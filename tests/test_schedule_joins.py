@@ -188,9 +188,9 @@ def test_restarts(first: int, grow: float, decay: float, steps: int, floor: floa
 
 def test_restarts_cut_short() -> None:
     """A last cycle that the end cuts stays at the value where it was cut; a full one stays at its floor."""
-    cut = restarts("4 steps").over(steps=6)
+    cut = restarts("4 steps", 1).over(steps=6)
     assert cut(6) == cut(100) == pytest.approx(0.5)
-    full = restarts("4 steps").over(steps=8)
+    full = restarts("4 steps", 1).over(steps=8)
     assert full(8) == full(100) == 0.0
     assert full(4) == 1.0
 
@@ -248,6 +248,6 @@ def test_a_million_steps_at_once() -> None:
 
 def test_many_short_cycles() -> None:
     """A hundred thousand restarts are one array as well; each of them starts at the peak."""
-    values = restarts("2 steps").over(steps=200_000)(np.arange(200_001))
+    values = restarts("2 steps", 1).over(steps=200_000)(np.arange(200_001))
     assert (values[:-1:2] == 1.0).all()
     assert values[-1] == 0.0

@@ -109,7 +109,7 @@ from lehr.schedules import (
             'one_cycle: up="5 steps" is longer than the 4 it is part of',
         ),
         (
-            lambda: restarts("9 steps", shape=step_decay(["1 epoch"])).over(steps=20),
+            lambda: restarts("9 steps", 1, shape=step_decay(["1 epoch"])).over(steps=20),
             '"1 epoch" needs steps_per_epoch',
         ),
         (lambda: hold("1 epoch", per="week"), 'hold: per=\'week\'; expected "step" or "epoch"'),
@@ -147,8 +147,8 @@ def test_readable() -> None:
     assert str(warmup("5%") >> cosine(floor=0.01)) == 'warmup("5%") >> cosine(floor=0.01)'
     assert str(warmup("500 steps", 0.1, "quadratic")) == 'warmup("500 steps", start=0.1, curve="quadratic")'
     assert (
-        str(restarts("10 epochs", grow=2, shape=linear(0.1)))
-        == 'restarts(first="10 epochs", grow=2, shape=linear(floor=0.1))'
+        str(restarts("10 epochs", grow=3, shape=linear(0.1)))
+        == 'restarts(first="10 epochs", grow=3, shape=linear(floor=0.1))'
     )
     assert str(step_decay(["30 epochs", "1 epoch"])) == 'step_decay(at=["30 epochs", "1 epoch"])'
     assert str(cosine(length="3 epochs", per="epoch")) == 'cosine(length="3 epochs", per="epoch")'

@@ -62,17 +62,17 @@ FORMS: list[tuple[Schedule, Callable[[int], float]]] = [
     ),
     (one_cycle("0%", end=0.0), lambda s: _half_cosine(1, 0, s / N)),
     (one_cycle("100%", start=0.0), lambda s: _half_cosine(0, 1, s / N)),
-    (restarts("10 steps"), lambda s: sgdr(s, 10, 1, 1, 0, N)),
-    (restarts("6 steps", grow=2, decay=0.5), lambda s: sgdr(s, 6, 2, 0.5, 0, N)),
+    (restarts("10 steps", 1), lambda s: sgdr(s, 10, 1, 1, 0, N)),
+    (restarts("6 steps", decay=0.5), lambda s: sgdr(s, 6, 2, 0.5, 0, N)),
     (restarts("5 steps", 1.5, 0.9, cosine(0.2)), lambda s: sgdr(s, 5, 1.5, 0.9, 0.2, N)),
-    (restarts("50%", decay=0.0), lambda s: sgdr(s, 20, 1, 0, 0, N)),
-    (restarts("10 steps", shape=linear(0.5)), lambda s: 0.5 if s == N else 1 - 0.05 * (s % 10)),
+    (restarts("50%", 1, decay=0.0), lambda s: sgdr(s, 20, 1, 0, 0, N)),
+    (restarts("10 steps", 1, shape=linear(0.5)), lambda s: 0.5 if s == N else 1 - 0.05 * (s % 10)),
     (
-        restarts("20 steps", shape=one_cycle("50%", start=0.0, end=0.0, curve="linear")),
+        restarts("20 steps", 1, shape=one_cycle("50%", start=0.0, end=0.0, curve="linear")),
         lambda s: 1 - abs(s % 20 - 10) / 10,  # a share in a cycle's shape is a share of the cycle
     ),
     (
-        restarts("20 steps", decay=0.5, shape=step_decay(["50%"])),
+        restarts("20 steps", 1, decay=0.5, shape=step_decay(["50%"])),
         lambda s: [1, 0.1, 0.5, 0.05, 0.05][s // 10],
     ),
     (warmup("40 steps"), lambda s: 1 / 41 + (1 - 1 / 41) * s / N),
@@ -95,7 +95,7 @@ FORMS: list[tuple[Schedule, Callable[[int], float]]] = [
         lambda s: 0.2 + 0.4 * (s // 10) if s < 20 else 0.5 + 0.5 * math.cos(math.pi * (s - 20) / 20),
     ),
     (step_decay(["1 epoch", "3 epochs"], per="epoch"), lambda s: [1.0, 0.1, 0.1, 0.01, 0.01][s // 10]),
-    (restarts("2 epochs", decay=0.5, per="epoch"), lambda s: [1.0, 0.5, 0.5, 0.25, 0.0][s // 10]),
+    (restarts("2 epochs", 1, decay=0.5, per="epoch"), lambda s: [1.0, 0.5, 0.5, 0.25, 0.0][s // 10]),
 ]
 IDS = [str(schedule) for schedule, _ in FORMS]
 
@@ -203,7 +203,7 @@ RELATIVE = [
     exponential(0.1),
     step_decay(["50%"]),
     one_cycle(),
-    restarts("10%"),
+    restarts("10%", 1),
     warmup("5%"),
     warmup("5%") >> cosine(),
     warmup("5%") >> hold("75%") >> linear(0),

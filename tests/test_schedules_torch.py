@@ -126,7 +126,7 @@ SAME: list[tuple[str, Schedule, Make, int, float]] = [
     ),
     (
         "CosineAnnealingWarmRestarts 1",
-        restarts("12 steps"),
+        restarts("12 steps", 1),
         lambda o: torch_lr.CosineAnnealingWarmRestarts(o, T_0=12),
         N,
         CLOSED,
@@ -210,7 +210,7 @@ def test_torch_rises_again_and_this_does_not() -> None:
 def test_torch_restarts_at_the_end_and_this_does_not() -> None:
     """On the step after its last cycle torch starts another at the peak; a schedule stays where it ended."""
     chained, _ = _rates(lambda o: torch_lr.CosineAnnealingWarmRestarts(o, T_0=12), N + 1)
-    curve = restarts("12 steps").over(steps=N)
+    curve = restarts("12 steps", 1).over(steps=N)
     assert chained[N] == 1.0
     assert curve(N) == 0.0
     np.testing.assert_allclose(curve(np.arange(N)), chained[:N], rtol=0, atol=CLOSED)

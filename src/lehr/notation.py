@@ -39,8 +39,8 @@ def read_schedule(written: object, *, where: str = "schedule") -> Schedule:
     Example:
         >>> read_schedule({"warmup": "5%", "shape": "cosine", "floor": 0.01})
         warmup("5%") >> cosine(floor=0.01)
-        >>> read_schedule('restarts("10 epochs", grow=2)')
-        restarts(first="10 epochs", grow=2)
+        >>> read_schedule('restarts("10 epochs", grow=3)')
+        restarts(first="10 epochs", grow=3)
     """
     if isinstance(written, Schedule):
         return written

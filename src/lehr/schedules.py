@@ -153,7 +153,7 @@ def one_cycle(
 
 def restarts(
     first: str,
-    grow: float = 1.0,
+    grow: float = 2.0,
     decay: float = 1.0,
     shape: Schedule | None = None,
     *,
@@ -168,7 +168,7 @@ def restarts(
 
     Args:
         first: the length of the first cycle.
-        grow: 1 or more.
+        grow: 1 (cycles of one length) or more.
         decay: the peak of a cycle over the peak of the one before, from 0 to 1; floors shrink with it.
         shape: one part without a length of its own; `cosine()` where it is not given.
         length: of the whole, as for every schedule.

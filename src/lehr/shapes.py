@@ -222,7 +222,7 @@ class Restarts:
     """
 
     first: Duration
-    grow: float = 1.0
+    grow: float = 2.0
     decay: float = 1.0
     shape: Shape = Cosine()
     name: ClassVar[str] = "restarts"
