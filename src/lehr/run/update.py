@@ -38,6 +38,9 @@ class Update:
     ) -> None:
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._plan, self._on = plan, on
+        # Looked up once: for the smallest networks these cost as much as a layer.
+        self._reads, self._here = on.synchronous, on.device.type == "cpu"
+        self._autocast = on.autocast()  # may be entered again and again
         self._scaler = torch.amp.GradScaler(on.device.type) if on.precision == "fp16" else None
 
     def __call__(self, window: Window, step: int) -> torch.Tensor:
@@ -55,9 +58,10 @@ class Update:
         """Gradients of the mean loss over the window's samples."""
         means: list[torch.Tensor] = []
         for batch, size in window:
-            with self._on.autocast():
-                loss = scalar_loss(self._loss(self._model, placed(batch, self._on.device)))
-            if self._on.synchronous and not math.isfinite(loss.item()):
+            with self._autocast:
+                here = batch if self._here else placed(batch, self._on.device)
+                loss = scalar_loss(self._loss(self._model, here))
+            if self._reads and not math.isfinite(loss.item()):
                 raise NonFiniteError(non_finite(f"the loss is {loss.item()}", step, self._plan))
             if size != total:
                 loss = loss * (size / total)
