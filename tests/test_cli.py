@@ -317,7 +317,14 @@ WRONG = {
     "set key": (("digits", "--set", "stages.0.lrr=1"), 'did you mean "lr"?'),
     "set value": (("digits", "--set", "batch_size=many"), "batch_size"),
     "set nothing": (("digits", "--set", "lr"), "expected KEY=VALUE"),
-    "set seed": (("digits", "--set", "seed=-1"), "--set seed=-1: expected a whole number from 0 on"),
+    "set seed": (
+        ("digits", "--set", "seed=-1"),
+        "--set seed=-1: expected a whole number from 0 to 2**63 - 1",
+    ),
+    "set a huge seed": (
+        ("digits", "--set", "seed=99999999999999999999"),
+        "--set seed=99999999999999999999: expected a whole number from 0 to 2**63 - 1",
+    ),
     "pattern": (("digits", "--set", "stages.0.train=heed"), "did you mean"),
     "augment": (("digits", "--set", "augment=flipp"), 'did you mean "flip"?'),
     "monitor": (("digits", "--set", "monitor=valid_acuracy"), 'did you mean "valid_accuracy"'),

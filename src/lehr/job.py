@@ -176,9 +176,8 @@ def from_scratch(job: Job) -> tuple[Made, Recipe]:
         batch_size=last.batch_size,
         accumulate=last.accumulate,
     )
-    return fresh, replace(
-        job.recipe, stages=[stage], lr_rule="fixed"
-    )  # the plan's peaks have the rule in them
+    # The plan's peaks have the linear rule in them already.
+    return fresh, replace(job.recipe, stages=[stage], lr_rule="fixed")
 
 
 @contextmanager
@@ -248,6 +247,6 @@ def _plain(text: str) -> str:
 def _seed_said(settings: Sequence[str]) -> int:
     """The seed of `--set seed=N`: the split and the new head need it before the recipe is chosen."""
     seed = overridden({}, [s for s in settings if s.partition("=")[0].strip() == "seed"]).get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise RequestError(f"--set seed={seed}: expected a whole number from 0 on")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise RequestError(f"--set seed={seed}: expected a whole number from 0 to 2**63 - 1")
     return seed

@@ -177,7 +177,7 @@ def fit(
         if average:
             unwrap(model).load_state_dict(average.model.state_dict())
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise NonFiniteError(non_finite("the weights are not finite", plan.total_steps - 1, plan))
+            raise NonFiniteError(non_finite("the weights are not finite", stop - 1, plan))
         best.finish(model)
         result = Result(model, tuple(history), best.row(history), folder.path if folder else None)
         tell(_run_ended(result, reason, time.monotonic() - began))
