@@ -22,7 +22,7 @@ from lehr.errors import DataError
 from lehr.planning import PlannedStage, batches_in
 
 Window = list[tuple[Any, int]]
-_ORDER = 1  # a word of its own in every seed, so that order and augmentation never share one
+_ORDER = 1  # sets the seeds of orders apart from those of augmentation, (seed, view, index), unless seed is 1 itself
 _MOST = 256  # batches gathered at once from tensors in memory, and the most bytes:
 _CHUNK = 32 * 2**20
 
