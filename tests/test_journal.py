@@ -16,16 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lehr import journal as module
 from lehr.errors import RequestError, RunError
-from lehr.journal import (
+from lehr.event_json import VERSION, WRITTEN, format_line, parse_line
+from lehr.events import (
+    CheckpointFailed,
+    CheckpointWritten,
     EpochEnded,
     Event,
+    FreezeAudited,
     Interrupted,
-    Journal,
     Note,
     Progressed,
     Record,
+    Resumed,
     RunEnded,
     RunFailed,
     RunStarted,
@@ -33,39 +36,46 @@ from lehr.journal import (
     StageStarted,
     StepsTaken,
     Validating,
-    format_line,
-    parse_line,
-    read_journal,
 )
+from lehr.journal import Journal, effective, read_journal
 
 PAGE = Path(__file__).parents[1] / "docs" / "journal.md"
 
+RUN = RunStarted(
+    "0.1.0",
+    "5f0c2a9e7d41b86320f9ce158a3d7b640c92e5f17ab8364d0e71c95f2b8ad463",
+    4,
+    2,
+    64,
+    32,
+    "cpu",
+    "fp32",
+    2,
+)
+ALL = StageStarted(1, "all", 2, 4, 1, 1, 24490, 24490, {"head": 1e-3, "backbone": 1e-4})
 EXAMPLE = [
-    RunStarted(
-        "0.1.0",
-        "5f0c2a9e7d41b86320f9ce158a3d7b640c92e5f17ab8364d0e71c95f2b8ad463",
-        4,
-        2,
-        64,
-        32,
-        "cpu",
-        "fp32",
-        2,
-    ),
+    RUN,
     StageStarted(0, "head", 0, 2, 0, 1, 650, 24490, {"head": 1e-3}),
     StepsTaken(0, 2, (2.302585092994046, 2.1)),
     EpochEnded(
         0, 0, 2, 2.201, {"valid_loss": 2.05, "valid_accuracy": 0.25}, {"head": 1e-3}, 0.41, 160.0, True
     ),
+    FreezeAudited(0, 2, 12, 4, "9b2f6c0d51e8a734"),
     StageEnded(0, 2, "length", 0),
-    StageStarted(1, "all", 2, 4, 1, 1, 24490, 24490, {"head": 1e-3, "backbone": 1e-4}),
+    CheckpointWritten(2, 198432, 0.002, 0.031),
+    ALL,
+    StepsTaken(2, 3, (1.75,)),
+    Resumed(2, 1, 1, 6),
+    RUN,
+    ALL,
     Note("the norms of the backbone are trained without weight decay"),
     StepsTaken(2, 4, (1.75, math.inf)),
+    CheckpointFailed(4, "no space left on device", 30.0),
     RunFailed(4, 1, "the loss is inf at step 3; try a lower rate"),
 ]
 
-WRITTEN = [kind for kind in get_args(Event) if kind not in (Progressed, Validating)]
-LINE = '{"v":1,"event":"interrupted","time":"2026-11-23T13:00:00.123Z","step":7}'
+KINDS = [kind for kind in get_args(Event) if kind not in (Progressed, Validating)]
+LINE = '{"v":2,"event":"interrupted","time":"2026-11-23T13:00:00.123Z","step":7}'
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 by_kind = {
@@ -104,7 +114,7 @@ def write(path: Path, *events: Event, **settings: object) -> None:
             journal(event)
 
 
-@given(event=st.sampled_from(WRITTEN).flatmap(events_of), time=st.integers(0, 4 * 10**12))
+@given(event=st.sampled_from(KINDS).flatmap(events_of), time=st.integers(0, 4 * 10**12))
 def test_round_trip(event: Event, time: int) -> None:
     """Every event, whatever it holds, is one line of strict ASCII JSON that reads back equal to the bit."""
     line = format_line(Record(time / 1000, event))
@@ -124,20 +134,37 @@ def test_round_trip(event: Event, time: int) -> None:
         (Interrupted(7), LINE),
         (
             StepsTaken(3, 7, (0.1, math.nan, -math.inf, 1e22)),
-            '{"v":1,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":3,"stop":7,'
+            '{"v":2,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":3,"stop":7,'
             '"losses":[0.1,"nan","-inf",1e+22]}',
         ),
         (
             RunEnded(90, "patience", None, {"valid_loss": 1}, 2.5),
-            '{"v":1,"event":"run_ended","time":"2026-11-23T13:00:00.123Z","step":90,"reason":"patience",'
+            '{"v":2,"event":"run_ended","time":"2026-11-23T13:00:00.123Z","step":90,"reason":"patience",'
             '"best_epoch":null,"metrics":{"valid_loss":1.0},"seconds":2.5}',
         ),
-        (Note("ø"), '{"v":1,"event":"note","time":"2026-11-23T13:00:00.123Z","text":"\\u00f8"}'),
+        (
+            Resumed(1200, 1, 4, 99),
+            '{"v":2,"event":"resumed","time":"2026-11-23T13:00:00.123Z",'
+            '"step":1200,"stage":1,"epoch":4,"records":99}',
+        ),
+        (Note("ø"), '{"v":2,"event":"note","time":"2026-11-23T13:00:00.123Z","text":"\\u00f8"}'),
     ],
 )
 def test_golden_lines(event: Event, line: str) -> None:
-    """The format of version 1 stays as it is, to the letter."""
+    """The format of version 2 stays as it is, to the letter."""
     assert format_line(Record(1795438800.123, event)) == line
+
+
+def test_version_1_is_read() -> None:
+    """A line of version 1, which had the same fields, is read as it always was."""
+    line = (
+        '{"v":1,"event":"epoch_ended","time":"2026-11-23T13:00:00.123Z","epoch":0,"stage":0,"step":2,"train_loss":2.2,'
+        '"metrics":{"valid_loss":"nan"},"lr":{},"seconds":1.5,"samples_per_second":9.0,"best":false}'
+    )
+    event = parse_line(line).event
+    assert isinstance(event, EpochEnded)
+    assert (event.step, event.train_loss, event.seconds) == (2, 2.2, 1.5)
+    assert math.isnan(event.metrics["valid_loss"])
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
@@ -219,24 +246,183 @@ def test_append_cuts_half_a_line_off_and_says_so(tmp_path: Path) -> None:
     ]
 
 
-def test_append_to_a_damaged_journal_is_refused(tmp_path: Path) -> None:
-    """Nothing is added to a file that is no journal."""
+@pytest.mark.parametrize("text", ["milk\neggs\n", "milk", "\x00" * 40, f"[{LINE}]\n"])
+def test_append_to_what_is_no_journal_is_refused(text: str, tmp_path: Path) -> None:
+    """Nothing is added to a file that has no line of a journal, nor is anything taken away from it."""
     path = tmp_path / "notes.txt"
-    path.write_text("milk\neggs\n")
-    with pytest.raises(RunError, match=r"notes\.txt:1: not a line of a journal"):
+    path.write_text(text)
+    with pytest.raises(RunError, match=r"notes\.txt: nothing in this file is a line of a journal.*move it"):
         Journal(path, append=True)
-    assert path.read_text() == "milk\neggs\n"
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("length", [1, 5, 30])
+def test_append_to_a_journal_that_was_killed_in_its_first_line(length: int, tmp_path: Path) -> None:
+    """A run that was killed while it wrote its very first line can be gone on with."""
+    path = tmp_path / "journal.jsonl"
+    path.write_text(LINE[:length])
+    with Journal(path, append=True) as journal:
+        assert journal.records == 1  # the note
+    assert [type(record.event) for record in read_journal(path)] == [Note]
+
+
+DAMAGED = "".join((LINE, "\n", LINE[:20], "\x00\xff", LINE[22:], "\n", "\n", LINE, "\n", LINE[:30]))
+
+
+def test_a_damaged_journal_is_gone_on_with(tmp_path: Path) -> None:
+    """Damaged lines are left as they are, each is noted, and what follows is added behind them."""
+    path = tmp_path / "journal.jsonl"
+    path.write_text(DAMAGED)
+    with Journal(path, append=True) as journal:
+        assert journal.records == 4 + 3
+        journal(Interrupted(9))
+        assert journal.records == 8
+        noted = [note.text for note in journal.notes]
+    assert noted == [
+        "line 2 of the journal is damaged; it is left as it is, and what it said is lost",
+        "line 3 of the journal is damaged; it is left as it is, and what it said is lost",
+        "the journal ended in half a line of 30 characters, which was cut off",
+    ]
+    assert path.read_text().startswith(DAMAGED.removesuffix(LINE[:30]))
+    with pytest.raises(RunError, match=r"journal\.jsonl:2: not a line of a journal"):
+        read_journal(path)
+    read = read_journal(path, damaged="note")
+    assert read.damaged == (2, 3)
+    assert [record.event for record in read][3:] == [Interrupted(7), *map(Note, noted), Interrupted(9)]
+    assert "journal.jsonl:2: not a line" in getattr(read.records[1].event, "text", "")
+    assert len(read) == len(path.read_bytes().splitlines()) == 8
+
+
+def test_records_are_counted(tmp_path: Path) -> None:
+    """`records` counts what is written, from the first line of the file on, and no passing event."""
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        assert journal.records == 0
+        journal(Note("one"))
+        journal(Validating(1, 2))
+        assert journal.records == 1
+    with Journal(path, append=True) as journal:
+        assert journal.records == 1
+        journal(Note("two"))
+        assert journal.records == 2
+    assert len(read_journal(path)) == 2
+
+
+def test_a_closed_journal_takes_no_events(tmp_path: Path) -> None:
+    """An event after `close` is a mistake of the caller, and is not swallowed."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.close()
+    journal.flush()
+    journal.sync()
+    with pytest.raises(ValueError, match=r"the journal is closed, and Note\(text='late'\) came after"):
+        journal(Note("late"))
+
+
+@given(
+    kept=st.lists(st.integers(0, 99), max_size=8),
+    lost=st.lists(st.integers(100, 199), max_size=8),
+    redone=st.lists(st.integers(200, 299), max_size=8),
+)
+def test_what_was_lost_does_not_count(kept: list[int], lost: list[int], redone: list[int]) -> None:
+    """After a resume, what stood before its checkpoint counts, and what follows it; what lies between does not."""
+    resumed = Resumed(0, 0, 0, len(kept))
+    told = [*map(Interrupted, kept + lost), resumed, *map(Interrupted, redone)]
+    counted = [*map(Interrupted, kept), resumed, *map(Interrupted, redone)]
+    assert [record.event for record in effective([Record(0.0, event) for event in told])] == counted
+
+
+@given(data=st.data())
+def test_many_resumes(data: st.DataObject) -> None:
+    """Whatever is killed and resumed from whatever checkpoint, what counts is what was known there, and what
+    was done since.
+    """
+    raw: list[Record] = []
+    known: list[tuple[int, list[Record]]] = [(0, [])]  # at each checkpoint: records so far, those that count
+    counted: list[Record] = []
+    for number, what in enumerate(data.draw(st.lists(st.sampled_from("sssck"), max_size=40))):
+        event: Event = Interrupted(number)
+        if what == "c":
+            known.append((len(raw), list(counted)))
+            event = CheckpointWritten(number, 1, 0.0, 0.0)
+        elif what == "k":  # from any checkpoint, for newer ones may be damaged
+            records, then = data.draw(st.sampled_from(known))
+            counted = list(then)
+            event = Resumed(number, 0, 0, records)
+        raw.append(Record(float(number), event))
+        counted.append(raw[-1])
+    assert list(effective(raw)) == counted
+
+
+@given(records=st.integers(-(2**70), 2**70))
+def test_a_resume_that_counts_wrong_harms_nothing(records: int) -> None:
+    """A number of records that cannot be, as in a journal that was edited, loses nothing after it."""
+    told = [Record(0.0, event) for event in (Note("a"), Resumed(0, 0, 0, records), Note("b"))]
+    assert effective(told)[-2:] == tuple(told[1:])
+
+
+def test_effective_of_the_example() -> None:
+    """In the page's example the step that was lost is left out, and done again."""
+    records = [Record(0.0, event) for event in EXAMPLE]
+    assert [record.event for record in effective(records)] == EXAMPLE[:6] + EXAMPLE[9:]
+
+
+def test_a_clock_that_goes_backwards(tmp_path: Path) -> None:
+    """A journal is written and read in order whatever the clock says, and the times are those of the clock."""
+    path = tmp_path / "journal.jsonl"
+    times = iter([5e9, 1e9, 1e6, 9e8])
+    with Journal(path, clock=lambda: next(times)) as journal:
+        for step in range(4):
+            journal(Interrupted(step))
+    read = read_journal(path)
+    assert [record.event for record in read] == [Interrupted(step) for step in range(4)]
+    assert [record.time for record in read] == [5e9, 1e9, 1e6, 9e8]
+
+
+@given(
+    data=st.binary(max_size=300) | st.lists(st.sampled_from(LINE), max_size=200).map("".join).map(str.encode)
+)
+def test_any_bytes(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever is in the file, it is read or refused in words, and with "note" it is always read."""
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(data)
+    read = read_journal(path, damaged="note")
+    assert len(read) in (data.count(b"\n"), data.count(b"\n") + 1)
+    if read.damaged:
+        with pytest.raises(RunError, match=rf"any\.jsonl:{read.damaged[0]}: "):
+            read_journal(path)
+    else:
+        assert read_journal(path) == read
+
+
+@given(at=st.integers(0, len(LINE) - 1), bit=st.integers(0, 7))
+def test_a_flipped_bit(at: int, bit: int) -> None:
+    """A line with a flipped bit is refused in words, or is a line of a journal: never something else."""
+    line = bytearray(LINE.encode())
+    line[at] ^= 1 << bit
+    try:
+        record = parse_line(bytes(line), where="here")
+    except RunError as error:
+        assert str(error).startswith("here: ")  # noqa: PT017 - either is right
+    else:
+        assert isinstance(record.event, Interrupted)
+
+
+def test_a_message_about_a_damaged_line_has_an_end() -> None:
+    """A damaged line of a megabyte is refused in a message that can be read."""
+    with pytest.raises(RunError) as caught:
+        parse_line(LINE.replace("interrupted", "x" * 1_000_000))
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("", "not a line of a journal"),
-        ('{"v":1,"event":"inter', "not a line of a journal"),
+        ('{"v":2,"event":"inter', "not a line of a journal"),
         ("[" * 100_000, "not a line of a journal"),
         ("[1]", "expected a JSON object, found list"),
-        (LINE.replace('"v":1', '"v":2'), r"written in version 2 .* reads up to 1; update it"),
-        (LINE.replace('"v":1', '"v":true'), '"v" is True'),
+        (LINE.replace('"v":2', '"v":3'), r"written in version 3 .* reads up to 2; update it"),
+        (LINE.replace('"v":2', '"v":true'), '"v" is True'),
         (
             LINE.replace("interrupted", "interupted"),
             r"unknown event 'interupted'; did you mean \"interrupted\"\?",
@@ -249,7 +435,7 @@ def test_append_to_a_damaged_journal_is_refused(tmp_path: Path) -> None:
         (LINE.replace('"step":7', '"step":NaN'), "NaN is not JSON"),
         (LINE.replace("step", "steps"), "missing are: step; unknown are: steps"),
         (
-            '{"v":1,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":0,"stop":3,"losses":[1]}',
+            '{"v":2,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":0,"stop":3,"losses":[1]}',
             r"StepsTaken\(0, 3\) carries 1 losses, expected 3",
         ),
     ],
@@ -268,33 +454,6 @@ def test_what_is_no_number_is_refused() -> None:
         format_line(Record(0.0, StepsTaken(0, 1, ("0.5",))))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"Interrupted\.step is True, a bool; expected int"):
         format_line(Record(0.0, Interrupted(True)))
-
-
-def test_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of which only a part could be written is taken back, so that the failure itself can be noted."""
-    path = tmp_path / "journal.jsonl"
-
-    class Filling:
-        """A file that takes ten bytes, refuses once, and then has room again."""
-
-        def __init__(self, file: object) -> None:
-            self.file, self.left = file, [10, None]
-
-        def write(self, data: bytes) -> int:
-            if self.left and self.left.pop(0) is None:
-                raise OSError(28, "No space left on device")
-            return int(self.file.write(data[:10] if self.left else data))  # type: ignore[attr-defined]
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.file, name)
-
-    with Journal(path) as journal:
-        journal(Note("one"))
-        monkeypatch.setattr(journal, "_file", Filling(journal._file))
-        with pytest.raises(RunError, match=r"could not be written \(No space left on device\)"):
-            journal(Note("two"))
-        journal(RunFailed(1, 0, "full"))
-    assert [record.event for record in read_journal(path)] == [Note("one"), RunFailed(1, 0, "full")]
 
 
 def test_events_are_frozen() -> None:
@@ -323,11 +482,9 @@ def test_the_page_names_every_event_and_field() -> None:
         re.MULTILINE,
     )
     described = {name: re.findall(r"`(\w+)`", row) for name, row in rows}
-    assert described == {
-        name: [field.name for field in fields(kind)] for name, kind in module._WRITTEN.items()
-    }
-    assert set(module._WRITTEN.values()) == set(WRITTEN)
-    assert f"| `v` | the version of the format: `{module.VERSION}` |" in PAGE.read_text(encoding="utf-8")
+    assert described == {name: [field.name for field in fields(kind)] for name, kind in WRITTEN.items()}
+    assert set(WRITTEN.values()) == set(KINDS)
+    assert f"| `v` | the version of the format: `{VERSION}` |" in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_journal_needs_no_torch() -> None:

@@ -21,12 +21,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lehr.errors import RequestError
-from lehr.journal import (
+from lehr.events import (
+    CheckpointFailed,
+    CheckpointWritten,
     EpochEnded,
     Event,
+    FreezeAudited,
     Interrupted,
     Note,
     Progressed,
+    Resumed,
     RunEnded,
     RunFailed,
     RunStarted,
@@ -302,6 +306,66 @@ def test_many_groups_are_shown_as_a_span() -> None:
     assert " · lr 4.9e-07…1.0e-03 (12 groups) · " in drawn([ended(0, 0, lr)], stream=io.StringIO())
 
 
+# A run that goes on
+
+
+def test_a_resumed_run_says_where_it_goes_on() -> None:
+    """Where a run goes on is told below how long it is, and its bar begins in the epoch it goes on in."""
+    events = [Resumed(34, 1, 3, 99), RUN, ALL, Validating(90, 360)]
+    *lines, bar = screen(drawn(events, columns=100), 100)
+    assert lines == [
+        "4 epochs, 40 steps · 1,437 samples, 360 to validate · cpu fp32",
+        "resumed at step 34 of 40 · epoch 4 of 4",
+        "stage 2/2 · all · 2 epochs · trains 2,230,277 of 2,230,277 parameters (100 %)",
+    ]
+    assert bar.startswith("stage 2/2 all · epoch 4/4 · validating |")
+    assert "resumed" not in drawn([*events, RUN, ALL]).partition("stage 2/2 ·")[2]
+
+
+def test_a_run_of_which_only_the_end_was_missing() -> None:
+    """A run that is resumed after its last epoch has no epoch to go on in, and none is told."""
+    lines = drawn([Resumed(40, 1, 4, 99), RUN, ALL], stream=io.StringIO()).splitlines()
+    assert lines[1] == "resumed at step 40 of 40"
+
+
+def test_a_bar_that_begins_in_an_epoch() -> None:
+    """A bar that begins in the middle of an epoch shows how far the epoch is, and the time by its own speed."""
+    events = [Resumed(26, 1, 2, 99), RUN, ALL]
+    events += [Progressed(step, 1, 2, 20, 30, 0.312, {}, 512.4) for step in (26, 27)]
+    first, second = (screen(drawn(events[:end], columns=100), 100)[-1] for end in (-1, None))
+    assert re.search(r"epoch 3/4 \|█+[▏▎▍▌▋▊▉]? +\|  60% loss=0.3120 · 512 samples/s$", first)
+    assert re.search(r"epoch 3/4 \|█+[▏▎▍▌▋▊▉]? +\|  70% loss=0.3120 · 512 samples/s · 00:03 left$", second)
+    share = first.count("█") / len(first.split("|")[1])
+    assert 0.5 < share <= 0.6
+
+
+def test_a_second_resume_is_told_anew() -> None:
+    """A resume that is followed by nothing but another is not told at the wrong place."""
+    lines = drawn([Resumed(3, 0, 0, 9), Resumed(5, 0, 0, 9), RUN, HEAD], stream=io.StringIO()).splitlines()
+    assert [line for line in lines if "resumed" in line] == ["resumed at step 5 of 40 · epoch 1 of 4"]
+
+
+@pytest.mark.parametrize("mode", ["bar", "lines"])
+def test_what_goes_well_is_not_told(mode: str) -> None:
+    """Checkpoints that were written, and freezes that held, draw nothing."""
+    quiet = [CheckpointWritten(26, 10**8, 0.01, 0.5), FreezeAudited(1, 26, 10, 2, "9b2f")]
+    assert drawn([RUN, *quiet, ALL], mode=mode) == drawn([RUN, ALL], mode=mode)
+
+
+def test_a_checkpoint_that_failed_is_told_above_the_bar() -> None:
+    """A checkpoint that could not be written is told in red with what happens next, and the bar goes on below."""
+    bar = Progressed(26, 1, 2, 20, 30, 0.312, BOTH, 512.4)
+    failed = CheckpointFailed(1200, "no space\nleft on \x1bdevice", 30.0)
+    text = drawn([RUN, ALL, bar, failed, bar], columns=130)
+    assert "\x1b[31m! the checkpoint" in text
+    rows = screen(text, 130)
+    assert rows[-2] == (
+        r"! the checkpoint of step 1,200 could not be written: no space left on \x1bdevice"
+        " · training goes on, next try in 30.0 s"
+    )
+    assert rows[-1].startswith("stage 2/2 all · epoch 3/4 |")
+
+
 # Names
 
 
@@ -468,7 +532,7 @@ def test_a_notebook_gets_widgets(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_tqdm_auto_is_not_imported_outside_a_notebook() -> None:
     """On a terminal nothing of notebooks is loaded, nor torch."""
     code = (
-        "import io, sys; from lehr.progress import progress; from lehr.journal import Progressed\n"
+        "import io, sys; from lehr.progress import progress; from lehr.events import Progressed\n"
         "progress(io.StringIO(), mode='bar')(Progressed(1, 0, 0, 0, 2, 0.5, {}, 1.0))\n"
         "print(sorted({'tqdm.auto', 'tqdm.notebook', 'torch', 'numpy', 'IPython'} & set(sys.modules)))"
     )

@@ -1,233 +1,30 @@
-"""What happens in a run, as events; and the file that keeps them: one JSON object a line, only ever added to.
+"""The file that keeps the events of a run: one a line, only ever added to; its writer and its reader.
 
-An event is a frozen value. The loop makes events and hands each to every observer; an observer may draw it
-(`lehr.progress`), write it (`Journal`) or count it, and can change nothing. The format is described in
-docs/journal.md, and a test holds that page equal to this file. This file must not know who makes the events,
-what a tensor is, or how anything is shown.
-
-Conventions: steps, epochs and stages count from 0; ranges are half-open; `step` on an event is the number of
-updates done so far; seconds are seconds of wall time; a rate is the group's learning rate, without unit.
+A run is worth more than its journal: one that cannot be written does not stop it (`lehr.line_file` keeps the
+lines until they can be). The format of a line is `lehr.event_json`'s. This file must not know who makes the
+events, what a tensor is, or how anything is shown.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, fields
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, TypeAlias
+from typing import Final, Literal
 
-from lehr.errors import RequestError, RunError, nearest
+from lehr.errors import RequestError, RunError
+from lehr.event_json import format_line, is_written, parse_line
+from lehr.events import Event, Note, Record, Resumed
+from lehr.line_file import LineFile
+from lehr.untrusted import read_bytes
 
-VERSION: Final = 1
-"""The version of the format that is written; every version up to it can be read."""
-
-LOSSES_PER_EVENT: Final = 100
-"""How many losses one `StepsTaken` carries at most: a short line, and little to lose when a run is killed."""
-
-
-@dataclass(frozen=True)
-class RunStarted:
-    """A run begins: what runs, how long, on how much data, where.
-
-    `samples_valid` is 0 without a validation set; `stages` counts the stages of the plan.
-    """
-
-    lehr: str
-    plan_hash: str
-    total_steps: int
-    total_epochs: int
-    samples_train: int
-    samples_valid: int
-    device: str
-    precision: str
-    stages: int
-
-
-@dataclass(frozen=True)
-class StageStarted:
-    """Stage `stage`, called `label`, begins: updates `start` to `stop - 1`, `epochs` epochs.
-
-    `trained_parameters` and `total_parameters` count scalars; `peak_lr` is the highest rate of each group
-    that trains.
-    """
-
-    stage: int
-    label: str
-    start: int
-    stop: int
-    first_epoch: int
-    epochs: int
-    trained_parameters: int
-    total_parameters: int
-    peak_lr: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class StepsTaken:
-    """The losses of the updates `start` to `stop - 1`, one each, in order.
-
-    Raises:
-        ValueError: where the number of losses is not `stop - start`.
-    """
-
-    start: int
-    stop: int
-    losses: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.losses) != self.stop - self.start:
-            raise ValueError(
-                f"StepsTaken({self.start}, {self.stop}) carries {len(self.losses)} losses, "
-                f"expected {self.stop - self.start}: one for each update"
-            )
-
-
-@dataclass(frozen=True)
-class Progressed:
-    """How far the epoch is: `step` done, of updates `epoch_start` to `epoch_stop - 1`. Passing: not written.
-
-    It exists so that a bar can move, about ten times a second and never once a step. Everything in it can be
-    had from the plan and the events that are written; in the journal it would only be noise that depends on
-    the speed of the machine.
-    """
-
-    step: int
-    stage: int
-    epoch: int
-    epoch_start: int
-    epoch_stop: int
-    loss: float
-    lr: Mapping[str, float]
-    samples_per_second: float
-
-
-@dataclass(frozen=True)
-class Validating:
-    """How far the validation is: `done` of `total` samples. Passing, like `Progressed`: not written down."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class EpochEnded:
-    """An epoch has ended, validation included; `step` updates are done.
-
-    `train_loss` is the mean over the epoch's samples as they were trained on; `metrics` are those of the
-    validation set, such as `valid_loss`; `lr` are the rates of the epoch's last update, of the groups that
-    train; `seconds` is the whole epoch, `samples_per_second` its training alone; `best` says whether the
-    monitored metric is the best so far.
-    """
-
-    epoch: int
-    stage: int
-    step: int
-    train_loss: float
-    metrics: Mapping[str, float]
-    lr: Mapping[str, float]
-    seconds: float
-    samples_per_second: float
-    best: bool
-
-
-@dataclass(frozen=True)
-class StageEnded:
-    """A stage has ended.
-
-    `reason` is "length" or "patience"; `restored_epoch` is the epoch whose weights were put back, or None.
-    """
-
-    stage: int
-    step: int
-    reason: str
-    restored_epoch: int | None
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something the person should know, in plain words."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class RunEnded:
-    """The run is done.
-
-    `reason` is that of the last `StageEnded`; `metrics` are those of the best epoch, of the last one where
-    none was the best.
-    """
-
-    step: int
-    reason: str
-    best_epoch: int | None
-    metrics: Mapping[str, float]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class RunFailed:
-    """The run failed at update `step` of stage `stage`; `error` is the message that was raised."""
-
-    step: int
-    stage: int
-    error: str
-
-
-@dataclass(frozen=True)
-class Interrupted:
-    """The person stopped the run after `step` updates."""
-
-    step: int
-
-
-Event: TypeAlias = (
-    RunStarted
-    | StageStarted
-    | StepsTaken
-    | Progressed
-    | Validating
-    | EpochEnded
-    | StageEnded
-    | Note
-    | RunEnded
-    | RunFailed
-    | Interrupted
-)
-Observer: TypeAlias = Callable[[Event], None]
-
-_WRITTEN: Final[dict[str, type[Event]]] = {
-    "run_started": RunStarted,
-    "stage_started": StageStarted,
-    "steps_taken": StepsTaken,
-    "epoch_ended": EpochEnded,
-    "stage_ended": StageEnded,
-    "note": Note,
-    "run_ended": RunEnded,
-    "run_failed": RunFailed,
-    "interrupted": Interrupted,
-}
-_NAMES: Final = {kind: name for name, kind in _WRITTEN.items()}
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
-_NON_FINITE: Final = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-@dataclass(frozen=True)
-class Record:
-    """One line of a journal: the event, and when it was written.
-
-    `time` is in seconds since 1970-01-01 UTC, and kept to the millisecond.
-    """
-
-    time: float
-    event: Event
+_LARGEST: Final = 4 << 30
+"""Bytes that a journal may have: two hundred million steps."""
+_BEGINS: Final = '{"v":'
 
 
 @dataclass(frozen=True)
@@ -235,11 +32,13 @@ class Records:
     """What a journal holds, oldest first; iterating goes over `records`.
 
     `torn` is what stands after the last whole line: a process that is killed while it writes leaves half a
-    line, which is no event. It is "" in a journal that was closed well.
+    line, which is no event. It is "" in a journal that was closed well. `damaged` has the numbers, from 1, of
+    the lines that could not be read, each of which `records` has as a `Note`.
     """
 
     records: tuple[Record, ...]
     torn: str = ""
+    damaged: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
@@ -251,17 +50,28 @@ class Records:
 class Journal:
     """An observer that writes each event as one line of `path`, at once; passing events are left out.
 
-    Every line goes to the system in one piece and is not held back, so that a run that is killed loses at
-    most the line it was writing. Use it as a context manager, or call `close`.
+    Every line goes to the system in one piece and is not held back, so that a process that is killed loses at
+    most the line it was writing.
+
+    Calling it never fails because of the disk. A line that cannot be written, on a full disk for example,
+    waits in memory with all that follow, and is tried again with the next event, and by `flush`, `sync` and
+    `close`. How many may wait is not limited: those of a million steps take about 20 MB. Where the file was
+    moved, deleted or replaced while it was open, it is taken up again, or made anew, as soon as that can be
+    done without harm; its folder is never made. `waiting` and `problem` say how it stands, and can be read
+    after `close`.
+
+    Use it as a context manager, or call `close`. It is for one thread.
 
     Args:
         path: the file; it is made where it is missing, its folder is not.
-        append: go on with a journal that is there. Half a last line is cut off then, and a `Note` says so.
-        clock: gives the time of an event, in seconds since 1970-01-01 UTC.
+        append: go on with a journal that is there. Half a last line is cut off then, a damaged line is left
+            where it is, and a `Note` about it is written; `notes` has them all.
+        clock: gives the time of an event, in seconds since 1970-01-01 UTC. It may go backwards.
 
     Raises:
         RequestError: where `path` cannot be opened, or holds something and `append` was not asked for.
-        RunError: where a journal to go on with is damaged, or (from a call) where a line cannot be written.
+        RunError: where nothing in a file to go on with is a line of a journal; and from the end of a `with`
+            block that did not fail itself, where the file at `path` is not the whole journal.
 
     Example:
         >>> import tempfile
@@ -269,7 +79,7 @@ class Journal:
         >>> with Journal(path, clock=lambda: 0.0) as journal:
         ...     journal(Note("hello"))
         >>> print(path.read_text(), end="")
-        {"v":1,"event":"note","time":"1970-01-01T00:00:00.000Z","text":"hello"}
+        {"v":2,"event":"note","time":"1970-01-01T00:00:00.000Z","text":"hello"}
     """
 
     def __init__(
@@ -278,56 +88,61 @@ class Journal:
         self.path = Path(path)
         self._clock = clock
         try:
-            torn = self._check(append)
-            # Unbuffered, so that one write() is one line: nothing waits in the process, and no line is
-            # written in two halves.
-            self._file = self.path.open("ab", buffering=0)
+            data, self._records, self.notes = _taken_up(self.path, append)
+            self._lines = LineFile(self.path, data)
         except OSError as error:
             raise RequestError(
                 f"{self.path}: the journal cannot be opened for writing ({error.strerror}); "
                 "expected a file in a folder that exists and may be written to"
             ) from error
-        if torn:
-            self(Note(f"the journal ended in half a line of {len(torn)} characters, which was cut off"))
+        for note in self.notes:
+            self(note)
 
-    def _check(self, append: bool) -> str:
-        """Refuse a file that must not be written to; cut half a last line off, and return it."""
-        if not self.path.is_file() or self.path.stat().st_size == 0:
-            return ""
-        if not append:
-            raise RequestError(
-                f"{self.path}: there is a journal here already, and a new run would be mixed into it; "
-                "give another folder, or move this one away"
-            )
-        torn = read_journal(self.path).torn
-        with self.path.open("rb+") as file:
-            data = file.read()
-            if torn:
-                file.truncate(data.rfind(b"\n") + 1)
-            elif not data.endswith(b"\n"):  # a whole event, of which only the line's end is missing
-                file.write(b"\n")
-        return torn
+    @property
+    def records(self) -> int:
+        """How many records the journal has: the lines of its file, damaged ones too, and those that wait."""
+        return self._records
+
+    @property
+    def waiting(self) -> int:
+        """How many lines could not be written yet."""
+        return self._lines.waiting
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the file, in words; "" when all is well."""
+        return self._lines.problem
 
     def __call__(self, event: Event) -> None:
-        """Write `event` down, unless it is a passing one."""
-        if type(event) not in _NAMES:
+        """Write `event` down, unless it is a passing one.
+
+        Raises:
+            TypeError: where a field of `event` holds something that is not of its type.
+            ValueError: after `close`.
+        """
+        if not is_written(event):
             return
-        line = (format_line(Record(self._clock(), event)) + "\n").encode("ascii")
-        written = 0
-        try:
-            while written < len(line):  # a full disk may take a part of a line before it refuses
-                written += self._file.write(line[written:])
-        except OSError as error:
-            with suppress(OSError):  # so that a later event, the failure itself, does not follow half a line
-                self._file.truncate(self._file.tell() - written)
-            raise RunError(
-                f"{self.path}: the journal could not be written ({error.strerror}); the run is stopped, "
-                "because what it does would not be known; make room or mend the disk, then start again"
-            ) from error
+        if self._lines.closed:
+            raise ValueError(f"{self.path}: the journal is closed, and {event!r} came after that")
+        record = Record(self._clock(), event)
+        line = (format_line(record) + "\n").encode("ascii")
+        self._records += 1
+        self._lines.add(line, record.time)
+
+    def flush(self) -> None:
+        """Try again to write what waits; after `close` it does nothing."""
+        self._lines.flush()
+
+    def sync(self) -> None:
+        """`flush`, and return when the device itself has the lines: a power cut loses none of them then.
+
+        It never raises: where the device does not confirm them, `problem` says so until the next event.
+        """
+        self._lines.sync()
 
     def close(self) -> None:
-        """Close the file; calling it again does nothing."""
-        self._file.close()
+        """Try once more to write what waits, and close the file; calling it again does nothing."""
+        self._lines.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -336,162 +151,117 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if kind is None and self.problem:
+            raise RunError(f"{self.problem}; so the journal at its path is not whole, though the run went on")
 
 
-def read_journal(path: str | Path) -> Records:
+def read_journal(path: str | Path, *, damaged: Literal["refuse", "note"] = "refuse") -> Records:
     """Everything that the journal at `path` holds.
 
     Half a last line is left out and told in `Records.torn`. A last line of which only the line's end is
     missing counts as whole.
+
+    Args:
+        path: the file.
+        damaged: "refuse" raises at a line that cannot be read; "note" gives a `Note` in its place, so that
+            every other record keeps its number.
 
     Raises:
         RequestError: where the file cannot be read.
         RunError: for a damaged line, an unknown event or a newer version, with file and line.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        data = read_bytes(path, most=_LARGEST)
     except OSError as error:
         raise RequestError(
             f"{path}: this journal cannot be read ({error.strerror}); expected the journal.jsonl of a run"
         ) from error
-    last = lines.pop()
-    records = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-    if not last:
-        return Records(tuple(records))
-    try:
-        json.loads(last)
-    except (ValueError, RecursionError):
-        return Records(tuple(records), torn=last.decode("utf-8", "backslashreplace"))
-    return Records((*records, _parse(last, f"{path}:{len(lines) + 1}")))
+    return _records(data, Path(path), damaged)
 
 
-def format_line(record: Record) -> str:
-    r"""`record` as a line of a journal, without the line's end: strict JSON in ASCII.
+def effective(records: Sequence[Record]) -> tuple[Record, ...]:
+    """The records that count: those of steps that were lost, and done again by a resumed run, are left out.
 
-    Numbers are written so that they are read back to the bit; NaN and the infinities, which JSON does not
-    have, as texts.
+    Where a run was resumed, its first `Resumed.records` records count, and what follows from `Resumed` on.
+    Each `Resumed` is applied to what counted when its checkpoint was taken, so that one which was lost itself
+    takes nothing away.
 
-    Raises:
-        TypeError: where a field holds something that is not of its type, a tensor for example.
+    Args:
+        records: all that a journal holds, as `read_journal` gives it: `Resumed.records` counts them.
 
     Example:
-        >>> format_line(Record(1.5, StepsTaken(0, 2, (2.302, math.nan))))
-        '{"v":1,"event":"steps_taken","time":"1970-01-01T00:00:01.500Z","start":0,"stop":2,"losses":[2.302,"nan"]}'
+        >>> told = [Note("kept"), Note("lost"), Resumed(step=0, stage=0, epoch=0, records=1), Note("again")]
+        >>> [r.event.text for r in effective([Record(0.0, e) for e in told]) if isinstance(r.event, Note)]
+        ['kept', 'again']
     """
-    event = record.event
-    moment = datetime.fromtimestamp(round(record.time, 3), timezone.utc)
-    line: dict[str, object] = {
-        "v": VERSION,
-        "event": _NAMES[type(event)],
-        "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-    }
-    for name, annotation in _annotations(type(event)).items():
-        line[name] = _encode(getattr(event, name), annotation, f"{type(event).__name__}.{name}")
-    return json.dumps(line, separators=(",", ":"), allow_nan=False)
+    counted = []
+    index = len(records) - 1
+    while index >= 0:  # from the last one back: what comes before a record is known, what comes after is not
+        event = records[index].event
+        counted.append(records[index])
+        index = min(index, event.records) - 1 if isinstance(event, Resumed) else index - 1
+    return tuple(reversed(counted))
 
 
-def parse_line(line: str, *, where: str = "journal") -> Record:
-    """The record that `line` holds: the inverse of `format_line`.
+def _records(data: bytes, path: Path, damaged: Literal["refuse", "note"]) -> Records:
+    lines = data.split(b"\n")
+    last, torn = lines.pop(), ""
+    if last:
+        try:
+            json.loads(last)
+            lines.append(last)
+        except (ValueError, RecursionError):
+            torn = last.decode("utf-8", "backslashreplace")
+    records: list[Record] = []
+    unread: list[int] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(parse_line(line, where=f"{path}:{number}"))
+        except RunError as error:
+            if damaged != "note":
+                raise
+            unread.append(number)
+            records.append(Record(records[-1].time if records else 0.0, Note(f"damaged line: {error}")))
+    return Records(tuple(records), torn, tuple(unread))
 
-    Raises:
-        RunError: for anything else than a line of a journal; the message begins with `where`.
 
-    Example:
-        >>> parse_line('{"v":1,"event":"interrupted","time":"1970-01-01T00:00:01.500Z","step":7}')
-        Record(time=1.5, event=Interrupted(step=7))
+def _first_words(found: Records) -> str:
+    event = found.records[0].event if found.records else None
+    return event.text if isinstance(event, Note) else "half a line"
+
+
+def _taken_up(path: Path, append: bool) -> tuple[bytes, int, tuple[Note, ...]]:
+    """The whole lines of a journal to go on with, their number, and what had to be mended.
+
+    Half a last line is cut off; a line that is damaged stays, since lines are counted.
     """
-    return _parse(line.encode("utf-8", "surrogatepass"), where)
-
-
-def _parse(line: bytes, where: str) -> Record:
-    try:
-        found = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise RunError(
-            f"{where}: not a line of a journal ({error}); expected one JSON object. "
-            "The file is damaged or was edited: remove this line to read the rest"
-        ) from error
-    if not isinstance(found, dict):
-        raise RunError(f"{where}: expected a JSON object, found {type(found).__name__}; remove this line")
-    version = found.pop("v", None)
-    if type(version) is not int or version < 1:
-        raise RunError(
-            f'{where}: "v" is {version!r}; expected the version of the format, for example {VERSION}'
+    if not path.is_file() or path.stat().st_size == 0:
+        return b"", 0, ()
+    if not append:
+        raise RequestError(
+            f"{path}: there is a journal here already, and a new run would be mixed into it; "
+            "give another folder, or move this one away"
         )
-    if version > VERSION:
+    data = read_bytes(path, most=_LARGEST)
+    found = _records(data, path, "note")
+    begun = not found.records and _BEGINS.startswith(found.torn[: len(_BEGINS)])
+    if len(found.damaged) == len(found) and not begun:
         raise RunError(
-            f"{where}: written in version {version} of the format, and this lehr reads up to {VERSION}; "
-            "update it with: pip install --upgrade lehr"
+            f"{path}: nothing in this file is a line of a journal that can be read, so it is left as it is; "
+            f"expected the journal.jsonl of a run; move it away to begin a new one ({_first_words(found)})"
         )
-    name, moment = found.pop("event", None), found.pop("time", None)
-    if not isinstance(name, str) or name not in _WRITTEN:
-        raise RunError(
-            f"{where}: unknown event {name!r}{nearest(str(name), _WRITTEN)} Known are: {', '.join(_WRITTEN)}"
-        )
-    if not isinstance(moment, str) or not _TIME.fullmatch(moment):
-        raise RunError(f'{where}: "time" is {moment!r}; expected for example "2026-11-23T13:00:00.123Z"')
-    try:
-        seconds = datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp()
-        return Record(seconds, _event(_WRITTEN[name], _annotations(_WRITTEN[name]), found))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RunError(f"{where}: {name}: {error}") from error
-
-
-def _event(kind: Callable[..., Event], wanted: dict[str, str], found: dict[str, object]) -> Event:
-    """The event that `kind` makes of the fields `found`; they must be those `wanted`, name -> annotation."""
-    if found.keys() != wanted.keys():
-        missing = ", ".join(sorted(wanted.keys() - found.keys())) or "none"
-        unknown = ", ".join(sorted(found.keys() - wanted.keys())) or "none"
-        raise ValueError(
-            f"expected the fields {', '.join(wanted)}; missing are: {missing}; unknown are: {unknown}"
-        )
-    return kind(**{name: _decode(found[name], annotation, name) for name, annotation in wanted.items()})
-
-
-def _annotations(kind: type[Event]) -> dict[str, str]:
-    """The fields of an event: name -> text of the annotation, by which a value is written and read."""
-    return {field.name: str(field.type) for field in fields(kind)}
-
-
-def _encode(value: object, annotation: str, where: str) -> object:
-    """`value` as JSON, by the text of its field's annotation."""
-    if annotation == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if annotation == "tuple[float, ...]" and isinstance(value, tuple):
-        return [_encode(item, "float", where) for item in value]
-    if annotation == "Mapping[str, float]" and isinstance(value, Mapping):
-        return {
-            _encode(key, "str", where): _encode(item, "float", f"{where}[{key!r}]")
-            for key, item in value.items()
-        }
-    if _is_plain(value, annotation):
-        return value
-    raise TypeError(
-        f"{where} is {value!r}, a {type(value).__name__}; expected {annotation} (for a tensor: .item())"
-    )
-
-
-def _decode(value: object, annotation: str, where: str) -> object:
-    """The inverse of `_encode`."""
-    if annotation == "float" and isinstance(value, str) and value in _NON_FINITE:
-        return _NON_FINITE[value]
-    if annotation == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if annotation == "tuple[float, ...]" and isinstance(value, list):
-        return tuple(_decode(item, "float", where) for item in value)
-    if annotation == "Mapping[str, float]" and isinstance(value, dict):
-        return {key: _decode(item, "float", f"{where}[{key!r}]") for key, item in value.items()}
-    if _is_plain(value, annotation):
-        return value
-    raise ValueError(f"{where} is {value!r}; expected {annotation}")
-
-
-def _is_plain(value: object, annotation: str) -> bool:
-    """Whether `value` is written as it is; types are exact, since to Python a bool is an int."""
-    if annotation == "int | None":
-        return value is None or type(value) is int
-    return type(value).__name__ == annotation and isinstance(value, int | str)
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f'{text} is not JSON; expected "nan", "inf" or "-inf" in quotes')
+    notes = [
+        f"line {number} of the journal is damaged; it is left as it is, and what it said is lost"
+        for number in found.damaged
+    ]
+    with path.open("rb+") as file:
+        if found.torn:
+            cut = f"the journal ended in half a line of {len(found.torn)} characters, which was cut off"
+            notes.append(cut)
+            data = data[: data.rfind(b"\n") + 1]
+            file.truncate(len(data))
+        elif not data.endswith(b"\n"):  # a whole event, of which only the line's end is missing
+            data += b"\n"
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+    return data, len(found), tuple(Note(text) for text in notes)

@@ -1,6 +1,6 @@
 """An observer that draws a run while it runs: a bar on a terminal or in a notebook, plain lines elsewhere.
 
-It draws what the events of `lehr.journal` say and must know nothing else: no model, no tensor, no recipe.
+It draws what the events of `lehr.events` say and must know nothing else: no model, no tensor, no recipe.
 It draws only when an event comes, so that its cost is set by how often the loop sends `Progressed` (about ten
 times a second) and not by the number of steps. Nothing it writes is wider than the terminal: on a narrow one,
 the parts of a line that are needed least are left out.
@@ -22,12 +22,14 @@ from typing import Literal, TextIO, get_args
 from tqdm import tqdm
 
 from lehr.errors import RequestError, nearest
-from lehr.journal import (
+from lehr.events import (
+    CheckpointFailed,
     EpochEnded,
     Event,
     Interrupted,
     Note,
     Progressed,
+    Resumed,
     RunEnded,
     RunFailed,
     RunStarted,
@@ -119,6 +121,7 @@ class Progress:
         self._bar_is = ("", -1)  # what the bar counts ("training", "validating"), and in which epoch
         self._bar_began = (0.0, 0)  # when it was first drawn, and what it showed then
         self._run: RunStarted | None = None
+        self._resumed: Resumed | None = None  # until the stage in which the run goes on is told
         self._stage: StageStarted | None = None
         self._epoch = 0
         self._last: Progressed | None = None
@@ -150,11 +153,16 @@ class Progress:
             case EpochEnded():
                 self._epoch, self._headline = event.epoch + 1, headline_of(event.metrics)
                 self._say(words.epoch(event, self._run, self._room()), _GREEN if event.best else "")
+            case Resumed():  # shown below, once it is known how long the run is
+                self._resumed = event
             case RunStarted():
                 self._run = event
                 self._say(words.run(event))
+                if self._resumed:
+                    self._say(words.resumed(self._resumed, event), _BOLD)
             case StageStarted():
-                self._stage, self._epoch, self._last = event, event.first_epoch, None
+                epoch = self._resumed.epoch if self._resumed else event.first_epoch
+                self._stage, self._epoch, self._last, self._resumed = event, epoch, None, None
                 self._say(words.stage(event, self._run), _BOLD)
             case Note():
                 self._say(words.note(event), _YELLOW, keep_bar=True)
@@ -166,7 +174,9 @@ class Progress:
                 self._say(words.failed(event), _RED)
             case Interrupted():
                 self._say(f"interrupted after {count(event.step, 'step')}", _YELLOW)
-            case _:  # the losses of single steps, and a stage that ended as planned
+            case CheckpointFailed():
+                self._say(words.checkpoint_failed(event), _RED, keep_bar=True)
+            case _:  # the losses of single steps, and what went as planned
                 pass
 
     def _move(self, what: str, done: int, total: int) -> None:

@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TextIO
 
-from lehr.journal import EpochEnded, Note, RunEnded, RunFailed, RunStarted, StageEnded, StageStarted
+from lehr.events import (
+    CheckpointFailed,
+    EpochEnded,
+    Note,
+    Resumed,
+    RunEnded,
+    RunFailed,
+    RunStarted,
+    StageEnded,
+    StageStarted,
+)
 
 _NAME_ROOM = 24  # columns that a stage's label or the name of a metric or a group may take
 BAR_ROOM = 6  # columns below which a bar says nothing
@@ -106,6 +116,18 @@ class Words:
         parts.append(f"{self.shown(event.device)}{GLUE}{self.shown(event.precision)}")
         return f" {self.dot} ".join(parts)
 
+    def resumed(self, event: Resumed, run: RunStarted) -> str:
+        """Where a run goes on; a run of which only the end was missing has no epoch to go on in.
+
+        >>> at, run = Resumed(1200, 1, 4, 99), RunStarted("0.1.0", "", 4000, 13, 9600, 0, "cpu", "fp32", 2)
+        >>> Words("utf-8", True).resumed(at, run)
+        'resumed at step 1,200 of 4,000 · epoch 5 of 13'
+        """
+        text = f"resumed at step {count(event.step)} of {count(run.total_steps)}"
+        if event.epoch < run.total_epochs:
+            text += self.joined(f"epoch {event.epoch + 1} of {run.total_epochs}")
+        return text
+
     def stage(self, event: StageStarted, run: RunStarted | None) -> str:
         """Which stage begins and what it trains."""
         of = f"/{run.stages}" if run else ""
@@ -143,6 +165,14 @@ class Words:
         """A note; its lines are indented."""
         lines = [self.shown(line) for line in event.text.splitlines()]
         return "! " + "\n  ".join(lines)
+
+    def checkpoint_failed(self, event: CheckpointFailed) -> str:
+        """That a checkpoint could not be written, why, and what happens next."""
+        error = self.shown(" ".join(event.error.split()))
+        text = f"! the checkpoint of step {count(event.step)} could not be written: {error}"
+        return text + self.joined(
+            f"training goes on, next try in {_seconds(event.retry)}" if event.retry else "not tried again"
+        )
 
     def stage_ended(self, event: StageEnded) -> str:
         """How a stage ended."""

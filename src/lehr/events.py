@@ -1,0 +1,262 @@
+"""What happens in a run, as events: frozen values, and nothing else.
+
+The loop makes events and hands each to every observer; an observer may draw it (`lehr.progress`), write it
+(`lehr.journal`) or count it, and can change nothing. docs/journal.md describes them, and a test holds that
+page equal to this file. This file must not know who makes the events, what a tensor is, or how anything is
+written or shown.
+
+Conventions: steps, epochs and stages count from 0; ranges are half-open; `step` on an event is the number of
+updates done so far; seconds are seconds of wall time; a rate is the group's learning rate, without unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+LOSSES_PER_EVENT: Final = 100
+"""How many losses one `StepsTaken` carries at most: a short line, and little to lose when a run is killed."""
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """A run begins: what runs, how long, on how much data, where.
+
+    `samples_valid` is 0 without a validation set; `stages` counts the stages of the plan.
+    """
+
+    lehr: str
+    plan_hash: str
+    total_steps: int
+    total_epochs: int
+    samples_train: int
+    samples_valid: int
+    device: str
+    precision: str
+    stages: int
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """Stage `stage`, called `label`, begins: updates `start` to `stop - 1`, `epochs` epochs.
+
+    `trained_parameters` and `total_parameters` count scalars; `peak_lr` is the highest rate of each group
+    that trains.
+    """
+
+    stage: int
+    label: str
+    start: int
+    stop: int
+    first_epoch: int
+    epochs: int
+    trained_parameters: int
+    total_parameters: int
+    peak_lr: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StepsTaken:
+    """The losses of the updates `start` to `stop - 1`, one each, in order.
+
+    Raises:
+        ValueError: where the number of losses is not `stop - start`.
+    """
+
+    start: int
+    stop: int
+    losses: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.losses) != self.stop - self.start:
+            raise ValueError(
+                f"StepsTaken({self.start}, {self.stop}) carries {len(self.losses)} losses, "
+                f"expected {self.stop - self.start}: one for each update"
+            )
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """How far the epoch is: `step` done, of updates `epoch_start` to `epoch_stop - 1`. Passing: not written.
+
+    It exists so that a bar can move, about ten times a second and never once a step. Everything in it can be
+    had from the plan and the events that are written; in the journal it would only be noise that depends on
+    the speed of the machine.
+    """
+
+    step: int
+    stage: int
+    epoch: int
+    epoch_start: int
+    epoch_stop: int
+    loss: float
+    lr: Mapping[str, float]
+    samples_per_second: float
+
+
+@dataclass(frozen=True)
+class Validating:
+    """How far the validation is: `done` of `total` samples. Passing, like `Progressed`: not written down."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """An epoch has ended, validation included; `step` updates are done.
+
+    `train_loss` is the mean over the epoch's samples as they were trained on; `metrics` are those of the
+    validation set, such as `valid_loss`; `lr` are the rates of the epoch's last update, of the groups that
+    train; `seconds` is the whole epoch, `samples_per_second` its training alone; `best` says whether the
+    monitored metric is the best so far.
+    """
+
+    epoch: int
+    stage: int
+    step: int
+    train_loss: float
+    metrics: Mapping[str, float]
+    lr: Mapping[str, float]
+    seconds: float
+    samples_per_second: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class StageEnded:
+    """A stage has ended.
+
+    `reason` is "length" or "patience"; `restored_epoch` is the epoch whose weights were put back, or None.
+    """
+
+    stage: int
+    step: int
+    reason: str
+    restored_epoch: int | None
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the person should know, in plain words."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The run is done.
+
+    `reason` is that of the last `StageEnded`; `metrics` are those of the best epoch, of the last one where
+    none was the best.
+    """
+
+    step: int
+    reason: str
+    best_epoch: int | None
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunFailed:
+    """The run failed at update `step` of stage `stage`; `error` is the message that was raised."""
+
+    step: int
+    stage: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """The person stopped the run after `step` updates."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run that had stopped goes on after `step` updates, in epoch `epoch` of stage `stage`.
+
+    Of the records before this one only the first `records` count; the others tell of steps that were lost,
+    and that are done again (`lehr.journal.effective`). `RunStarted` and `StageStarted` follow once more: the
+    machine and the versions may be others now.
+    """
+
+    step: int
+    stage: int
+    epoch: int
+    records: int
+
+
+@dataclass(frozen=True)
+class CheckpointWritten:
+    """A checkpoint of `step` updates is on the disk, in `bytes` bytes.
+
+    Training stood still for `stall` seconds while its tensors were copied; writing took `seconds`, beside it.
+    """
+
+    step: int
+    bytes: int
+    stall: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointFailed:
+    """A checkpoint of `step` updates could not be written; `error` says why, in words.
+
+    Training goes on, and the next try comes after `retry` seconds; 0 where the run ends or stops and there is none.
+    """
+
+    step: int
+    error: str
+    retry: float
+
+
+@dataclass(frozen=True)
+class FreezeAudited:
+    """At the end of stage `stage`, what it froze has the bits that it had at its start.
+
+    `parameters` and `buffers` count the frozen tensors, whose hash together is `digest`, in hex.
+    """
+
+    stage: int
+    step: int
+    parameters: int
+    buffers: int
+    digest: str
+
+
+Event: TypeAlias = (
+    RunStarted
+    | StageStarted
+    | StepsTaken
+    | Progressed
+    | Validating
+    | EpochEnded
+    | StageEnded
+    | Note
+    | RunEnded
+    | RunFailed
+    | Interrupted
+    | Resumed
+    | CheckpointWritten
+    | CheckpointFailed
+    | FreezeAudited
+)
+Observer: TypeAlias = Callable[[Event], None]
+"""What is called with every event."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """An event, and when it happened: one line of a journal.
+
+    `time` is in seconds since 1970-01-01 UTC, and kept to the millisecond. Clocks are set back now and then,
+    so the times of a journal need not rise.
+    """
+
+    time: float
+    event: Event
