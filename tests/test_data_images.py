@@ -240,7 +240,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest
         raise PermissionError(13, "Permission denied")
 
     photo().save(tmp_path / "a.png")
-    monkeypatch.setattr(Path, "open", closed)
+    monkeypatch.setattr("lehr.data.images.open_file", closed)
     assert "permission denied" in refused(tmp_path / "a.png").what
 
 

@@ -5,9 +5,21 @@ datasets. This package knows images, arrays, classes and augmentation; it must n
 or a stage is.
 """
 
+from lehr.data.comparing import listing_differences
 from lehr.data.images import read_image
 from lehr.data.listing import Finding, Item, Listing
-from lehr.data.opening import Data, digits_pretraining, open_data
+from lehr.data.opening import Data, digits_pretraining, open_data, reopened
 from lehr.data.transforms import Transform
 
-__all__ = ["Data", "Finding", "Item", "Listing", "Transform", "digits_pretraining", "open_data", "read_image"]
+__all__ = [
+    "Data",
+    "Finding",
+    "Item",
+    "Listing",
+    "Transform",
+    "digits_pretraining",
+    "listing_differences",
+    "open_data",
+    "read_image",
+    "reopened",
+]

@@ -5,6 +5,8 @@ This file must not know about folders, transforms or torch.
 
 from __future__ import annotations
 
+import math
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from PIL import Image
 from lehr.data.images import as_channels
 from lehr.data.listing import Finding, Item, shown
 from lehr.errors import DataError, nearest
+from lehr.untrusted import MIB, brief, open_file
 
 Pixels = npt.NDArray[np.uint8]
 _TRAIN_KEYS = (("x_train", "y_train"), ("train_images", "train_labels"), ("x", "y"), ("images", "labels"))
@@ -26,6 +29,14 @@ _VALID_KEYS = tuple(
     for name in ("val", "valid", "validation", "test")
     for keys in ((f"x_{name}", f"y_{name}"), (f"{name}_images", f"{name}_labels"))
 )
+_UNASKED = 1024 * MIB  # so much may be unpacked from a file of any size,
+_MOST_TIMES = (
+    100  # and so many times a file's size from a larger one; images of one colour alone shrink further
+)
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 _ACCEPTED = (
     "x_train and y_train, with x_val and y_val or x_test and y_test where there is a validation half; "
     "or x and y"
@@ -82,7 +93,9 @@ def load_npz(path: Path) -> Arrays:
     valid_keys = next((keys for keys in _VALID_KEYS if keys[0] in by_name and keys[1] in by_name), None)
     pairs = [tuple(by_name[key] for key in keys) for keys in (train_keys, valid_keys) if keys]
     pixels, phrases = _as_pixels({images: content[images] for images, _ in pairs}, where)
-    labels = [_as_labels(content[key], len(pixels[images]), f"{where}: {key}") for images, key in pairs]
+    labels = [
+        _as_labels(content[key], len(pixels[images]), f"{where}: {shown(key)}") for images, key in pairs
+    ]
     named = content[by_name["classes"]] if "classes" in by_name else None
     classes, indices = _as_classes(labels, named, f"{where}: classes")
     used = {name for pair in pairs for name in pair} | {by_name.get("classes", "")}
@@ -100,32 +113,68 @@ def load_npz(path: Path) -> Arrays:
 
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
-        # Opened here: numpy leaves a damaged file open. Asked here: it takes any other file for a pickle.
-        with path.open("rb") as opened:
-            if not zipfile.is_zipfile(opened):
-                raise zipfile.BadZipFile("it is no zip archive")
-            with np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+        # Opened here: numpy leaves a damaged file open. Read here: numpy believes any size that a file claims.
+        with open_file(path) as opened, zipfile.ZipFile(opened) as archive:
+            members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+            _refuse_growth(members, os.fstat(opened.fileno()).st_size)
+            return {info.filename.removesuffix(".npy"): _member(archive, info) for info in members}
     except PermissionError as error:
         raise DataError(f"{shown(str(path))} cannot be read: permission denied") from error
     except ValueError as error:
         raise DataError(
-            f"{shown(str(path))} cannot be read safely ({shown(str(error))}); Python objects are never "
+            f"{shown(str(path))} cannot be read safely ({shown(str(error)[:200])}); Python objects are never "
             "unpickled: save images and labels as numbers, and class names as numpy.array(names, dtype=str)"
         ) from error
     except Exception as error:  # damage shows as BadZipFile, OSError, EOFError, zlib.error and more
         raise DataError(
-            f"{shown(str(path))} is not a whole .npz file ({shown(str(error))}); write it with numpy.savez"
+            f"{shown(str(path))} is not a whole .npz file ({shown(str(error)[:200])}); write it with numpy.savez"
         ) from error
+
+
+def _refuse_growth(members: Sequence[zipfile.ZipInfo], packed: int) -> None:
+    """A small archive may claim to hold any size: what no images would shrink to is not unpacked."""
+    size = sum(info.file_size for info in members)
+    if size > max(_UNASKED, _MOST_TIMES * packed):
+        raise zipfile.BadZipFile(
+            f"its {packed:,} bytes would grow to {size:,}, which no images do: it may be a decompression bomb"
+        )
+    if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members):
+        raise zipfile.BadZipFile("it is packed in another way than numpy.savez_compressed does")
+    if len({info.filename for info in members}) != len(members):
+        raise zipfile.BadZipFile("two arrays have the same name")
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> npt.NDArray[Any]:
+    """One array, whose header must say the size that there is."""
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        read = _HEADERS.get(version)
+        if read is None:
+            raise zipfile.BadZipFile(f"an array in version {version} of numpy's format")
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("an array of Python objects")
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or dtype.itemsize == 0 or size != info.file_size - file.tell():
+            raise zipfile.BadZipFile(f"an array that says it is {shape} of {dtype}, and is not")
+        content = bytearray(size)
+        read_so_far = 0
+        while read_so_far < size:  # in pieces, so that the content is there once
+            piece = file.read(min(MIB, size - read_so_far))
+            if not piece:
+                raise EOFError("it ends too early")
+            content[read_so_far : read_so_far + len(piece)] = piece
+            read_so_far += len(piece)
+        file.read(1)  # the end, where the checksum is compared
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _as_pixels(images: Mapping[str, npt.NDArray[Any]], where: str) -> tuple[dict[str, Pixels], list[str]]:
     """Every array as uint8 in Pillow's layout, all by one scale, and notes on what that took."""
-    laid_out = {name: _as_hwc(array, f"{where}: {name}") for name, array in images.items()}
+    laid_out = {name: _as_hwc(array, f"{where}: {shown(name)}") for name, array in images.items()}
     arrays = [array for array, _ in laid_out.values()]
     if len({array.shape[1:] for array in arrays}) > 1:
-        shapes = " and ".join(f"{name} {array.shape}" for name, (array, _) in laid_out.items())
+        shapes = " and ".join(f"{shown(name)} {array.shape}" for name, (array, _) in laid_out.items())
         raise DataError(
             f"{where}: images of different sizes in the two halves: {shapes}; expected one size and "
             "number of channels"
@@ -171,10 +220,11 @@ def _as_hwc(array: npt.NDArray[Any], where: str) -> tuple[npt.NDArray[Any], str]
 
 def _scale(arrays: Sequence[npt.NDArray[Any]], where: str) -> tuple[float, str]:
     """The factor that takes the arrays' own range to 0 .. 255, and a note where it is not plain uint8."""
-    dtype = np.result_type(*arrays)
+    odd = next((array.dtype for array in arrays if array.dtype.kind not in "uif"), None)
+    dtype = odd or np.result_type(*(array.dtype.newbyteorder("=") for array in arrays))
     if dtype.kind not in "uif":
         raise DataError(
-            f"{where}: images of type {dtype}; expected uint8 in 0..255, or floats in [0, 1] or [0, 255]"
+            f"{where}: images of type {shown(str(dtype)[:80])}; expected uint8 in 0..255, or floats in [0, 1] or [0, 255]"
         )
     low, high = (float(f([f(array) for array in arrays])) for f in (np.min, np.max))
     if dtype == np.uint8:
@@ -216,14 +266,27 @@ def _as_labels(labels: npt.NDArray[Any], count: int, where: str) -> npt.NDArray[
         )
     if len(labels) != count:
         raise DataError(f"{where} has {len(labels)} labels for {count} images; expected one for each")
-    if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8")
+    labels = _decoded(labels, where)
     if labels.dtype.kind not in "iuU":
         raise DataError(
-            f"{where} has the type {labels.dtype}; expected whole numbers or texts (for numbers, "
+            f"{where} has the type {shown(str(labels.dtype)[:80])}; expected whole numbers or texts (for numbers, "
             ".astype(int))"
         )
     return labels
+
+
+def _decoded(texts: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+    """Bytes as the text that they are; every text such as Python can hold."""
+    try:
+        if texts.dtype.kind == "S":
+            return np.char.decode(texts, "utf-8")
+        if texts.dtype.kind == "U":
+            texts.tolist()
+    except ValueError:
+        raise DataError(
+            f"{where} holds what is no text; expected UTF-8, as numpy.array(names) makes it"
+        ) from None
+    return texts
 
 
 def _as_classes(
@@ -238,8 +301,7 @@ def _as_classes(
         names = tuple(str(value) for value in values)
         index = {value: place for place, value in enumerate(values)}
     else:
-        flat = np.char.decode(named, "utf-8") if named.dtype.kind == "S" else named
-        names = tuple(str(name) for name in np.ravel(flat).tolist())
+        names = tuple(str(name) for name in np.ravel(_decoded(named, where)).tolist())
         index = (
             {name: i for i, name in enumerate(names)}
             if isinstance(values[0], str)
@@ -247,7 +309,7 @@ def _as_classes(
         )
         unknown = [value for value in values if value not in index]
         if unknown or len(set(names)) != len(names):
-            what = f"a label {unknown[0]!r} has no name" if unknown else "a name comes twice"
+            what = f"a label {brief(unknown[0])} has no name" if unknown else "a name comes twice"
             raise DataError(
                 f"{where} has {len(names)} names, and {what}; expected one name for each label from 0 on"
             )

@@ -1,41 +1,54 @@
 """Every image of a folder is decoded once before training, so that no bad file stops a run half way.
 
-Threads do it (decoders release the interpreter). This file turns files into findings; it must not know about
-classes or halves.
+Threads do it (decoders and hashes release the interpreter). This file turns files into findings and digests;
+it must not know about classes or halves.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from PIL import Image
 
 from lehr.data.images import UnreadableError, read_picture
-from lehr.data.listing import Finding
+from lehr.data.listing import DIGEST_BYTES, Finding
 
 Progress = Callable[[int, int], object]
 _CHUNK = 32  # files a task: enough to make a task's own cost vanish, few enough for a smooth progress bar
+_BLOCK = 1 << 16  # bytes read at a time for a digest; much larger ones were slower: each is allocated anew
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One file after its check: (height, width) and channels where it is an image, else its problem."""
+    """One file after its check: (height, width), channels and digest where it is an image, else its problem.
+
+    A file that was known already has its digest alone.
+    """
 
     path: str
     size: tuple[int, int] | None = None
     channels: int = 0
     done: tuple[str, ...] = ()
     problem: Finding | None = None
+    digest: str = ""
 
 
-def check_files(root: Path, paths: Sequence[str], progress: Progress | None = None) -> list[Checked]:
+def check_files(
+    root: Path,
+    paths: Sequence[str],
+    progress: Progress | None = None,
+    *,
+    known: Collection[str] = frozenset(),
+) -> list[Checked]:
     """One `Checked` for each of `paths` (posix, relative to `root`), in their order.
 
+    Of the paths in `known`, which were decoded at another time, the bytes alone are read, for their digest.
     `progress(done, total)` is called from this thread now and then, and at the end.
     """
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
@@ -48,7 +61,9 @@ def check_files(root: Path, paths: Sequence[str], progress: Progress | None = No
             max_workers=min(16, (os.cpu_count() or 1) + 2), thread_name_prefix="lehr-check"
         )
         try:
-            for results in pool.map(lambda chunk: [_check(root, path) for path in chunk], chunks):
+            for results in pool.map(
+                lambda chunk: [_check(root, path, decoded=path in known) for path in chunk], chunks
+            ):
                 checked += results
                 if progress is not None:
                     progress(len(checked), len(paths))
@@ -74,10 +89,26 @@ def one_note(paths: Sequence[str], why: str, *, units: tuple[str, str] = ("file"
     return [Finding(paths[0], what, fatal=False, detail="the first" if len(paths) > 1 else "")]
 
 
-def _check(root: Path, path: str) -> Checked:
+def _check(root: Path, path: str, *, decoded: bool) -> Checked:
     try:
+        if decoded:
+            return Checked(path, digest=_digest_of_file(root / path))
         picture = read_picture(root / path)
+        width, height = picture.image.size
+        channels = 1 if picture.image.mode == "L" else 3
+        # A second pass over what the system still has in memory, in place of the whole file in ours.
+        return Checked(path, (height, width), channels, picture.done, digest=_digest_of_file(root / path))
     except UnreadableError as error:
         return Checked(path, problem=Finding(path, error.what, fatal=error.image, detail=error.detail))
-    width, height = picture.image.size
-    return Checked(path, (height, width), 1 if picture.image.mode == "L" else 3, picture.done)
+    except OSError as error:
+        detail = error.strerror or str(error)
+        return Checked(path, problem=Finding(path, "cannot be read", fatal=True, detail=detail))
+
+
+def _digest_of_file(path: Path) -> str:
+    """`digest_of` all that is in the file."""
+    digest = blake2b(digest_size=DIGEST_BYTES)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,16 +1,15 @@
 """CIFAR-10's own files, python and binary, read without running anything that stands in them.
 
-The python files are pickles. They are read by an unpickler that can make numbers, texts, lists, dicts and
-arrays of numbers, and nothing else: whatever other name a file calls for is refused before it is looked up.
+The python files are pickles. They are read as data (`lehr.plain_pickle`): numbers, texts, lists, dicts and
+arrays of numbers, and nothing else; whatever other name a file calls for is refused.
 Source of the formats: Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +17,14 @@ import numpy.typing as npt
 from lehr.data.arrays import Arrays, Pixels, items_of
 from lehr.data.listing import Finding, shown
 from lehr.errors import DataError
+from lehr.plain_pickle import DamagedError, RefusedError, read_pickle
+from lehr.untrusted import MIB, brief, read_bytes
 
 _NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 _PIXELS = 3 * 32 * 32
+_LARGEST = 256 * MIB  # a batch has 30
 
 
 def cifar_folder(folder: Path) -> Path | None:
@@ -82,7 +84,7 @@ def _read_pickled(path: Path) -> tuple[npt.NDArray[np.uint8], list[int]]:
     rows, labels = batch.get("data"), batch.get("labels")
     if not isinstance(rows, _Array) or not isinstance(labels, list):
         raise DataError(
-            f"{shown(str(path))} holds {sorted(map(str, batch))}; expected CIFAR-10's 'data' (an "
+            f"{shown(str(path))} holds {brief(sorted(batch))}; expected CIFAR-10's 'data' (an "
             "array) and 'labels' (a list)"
         )
     values = rows.values
@@ -94,7 +96,7 @@ def _read_pickled(path: Path) -> tuple[npt.NDArray[np.uint8], list[int]]:
 
 
 def _checked_labels(labels: list[Any], count: int, path: Path) -> list[int]:
-    if len(labels) != count or not all(isinstance(label, int) and 0 <= label < 10 for label in labels):
+    if len(labels) != count or not all(type(label) is int and 0 <= label < 10 for label in labels):
         raise DataError(
             f"{shown(str(path))}: {len(labels)} labels for {count} images; expected one from 0 to 9 for each"
         )
@@ -113,7 +115,8 @@ def _class_names(folder: Path, *, binary: bool) -> tuple[tuple[str, ...], tuple[
             line.strip() for line in _bytes(path).decode("utf-8", "replace").splitlines() if line.strip()
         ]
     else:
-        names = [_text(name) for name in _unpickle(path).get("label_names") or []]
+        found = _unpickle(path).get("label_names")
+        names = [_text(name) for name in found] if isinstance(found, list) else []
     if len(names) != 10 or len(set(names)) != 10:
         raise DataError(f"{shown(str(path))} names {len(names)} classes; expected CIFAR-10's ten")
     return tuple(names), ()
@@ -121,29 +124,31 @@ def _class_names(folder: Path, *, binary: bool) -> tuple[tuple[str, ...], tuple[
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, most=_LARGEST)
     except OSError as error:
         raise DataError(f"{shown(str(path))} cannot be read: {error.strerror}") from error
 
 
 def _text(value: object) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    """A text that may be bytes; of anything else what kind of thing it is."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
     """The dict in a python batch file, its keys as text."""
     content = _bytes(path)
     try:
-        found = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
-    except _RefusedError as error:
+        found = read_pickle(io.BytesIO(content), _NAMED)
+    except RefusedError as error:
         raise DataError(
             f"{shown(str(path))} is no CIFAR-10 file: {shown(str(error))}; nothing in it was run; do "
             "not trust it"
         ) from error
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except DamagedError as error:
         raise DataError(
-            f"{shown(str(path))} is damaged ({shown(str(error) or type(error).__name__)}); unpack "
-            "the archive again"
+            f"{shown(str(path))} is damaged ({shown(str(error)[:200])}); unpack the archive again"
         ) from error
     if not isinstance(found, dict):
         raise DataError(
@@ -153,73 +158,57 @@ def _unpickle(path: Path) -> dict[str, Any]:
     return {_text(key): value for key, value in found.items()}
 
 
-class _RefusedError(Exception):
-    """A pickle called for something that no CIFAR-10 file needs."""
-
-
 class _Dtype:
-    """Stands in for `numpy.dtype`, and knows the plain numbers only."""
+    """What stands for a `numpy.dtype`; knows the plain numbers only."""
 
-    def __init__(self, code: object, *_: object) -> None:
-        if _text(code) not in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"):
-            raise _RefusedError(f"an array of {code!r}")
-        self.code, self.order = _text(code), "|"
+    def __init__(self, code: str) -> None:
+        self.code, self.order = code, "="
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = _text(state[1])
+    def build(self, state: Any) -> None:
+        """Take the order of bytes, the second of what numpy writes there."""
+        order = _text(state[1])
+        self.order = order if order in ("<", ">") else "="
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        order = {"<": "<", ">": ">"}.get(self.order, "=")
-        return np.dtype(f"{order}{self.code}")
+        return np.dtype(f"{self.order}{self.code}")
 
 
 class _Array:
-    """Stands in for `numpy.ndarray`: makes an array from its bytes, without numpy's own unpickling."""
+    """What stands for a `numpy.ndarray`: made from its bytes, without numpy's own unpickling."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self) -> None:
         self.values: npt.NDArray[Any] = np.empty(0)
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def build(self, state: Any) -> None:
+        """Take shape, type and bytes."""
         _, shape, kind, fortran, content = state
         if not isinstance(kind, _Dtype) or not isinstance(content, bytes):
-            raise _RefusedError("an array that is not made of plain numbers")
+            raise RefusedError("an array that is not made of plain numbers")
         self.values = np.frombuffer(content, kind.dtype).reshape(shape, order="F" if fortran else "C")
 
 
-class _Bytes:
-    """Stands in for `codecs.encode`, with which a pickle of protocol 2 spells bytes; knows Latin-1 alone.
-
-    A class, not a function: a pickle may set attributes on whatever it calls for, and `__setstate__` closes
-    that way too.
-    """
-
-    def __new__(cls, text: str, encoding: object) -> bytes:  # type: ignore[misc]
-        if _text(encoding) != "latin1":
-            raise _RefusedError(f"the codec {encoding!r}")
-        return text.encode("latin1")
-
-    def __setstate__(self, state: object) -> None:
-        raise _RefusedError("a change to what it is read with")
+def _dtype(code: object = "", *_: object) -> _Dtype:
+    if _text(code) not in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"):
+        raise RefusedError(f"an array of {brief(_text(code))}")
+    return _Dtype(_text(code))
 
 
-_STAND_INS: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
-    ("_codecs", "encode"): _Bytes,
+def _array(*_: object) -> _Array:
+    return _Array()
+
+
+def _encoded(text: str, encoding: object) -> bytes:
+    """`codecs.encode`, with which a pickle of protocol 2 spells bytes; Latin-1 alone."""
+    if _text(encoding) != "latin1":
+        raise RefusedError(f"the codec {brief(_text(encoding))}")
+    return text.encode("latin1")
+
+
+_NAMED: dict[str, object] = {
+    "numpy.ndarray": "numpy.ndarray",  # named, never called
+    "numpy.dtype": _dtype,
+    "numpy.core.multiarray._reconstruct": _array,
+    "numpy._core.multiarray._reconstruct": _array,
+    "_codecs.encode": _encoded,
 }
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Looks up nothing: five names that arrays are spelled with have stand-ins, all others are refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _STAND_INS[module, name]
-        except KeyError:
-            raise _RefusedError(f"it calls for {module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise _RefusedError(f"it calls for the object {pid!r}")

@@ -7,19 +7,23 @@ that an image has the same pixels whatever they are wanted for.
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from lehr.data.listing import shown
 from lehr.errors import DataError
+from lehr.untrusted import open_file
 
 # By suffix, what a file is expected to hold. Left out: formats whose decoders start other programs (EPS) or
 # take anything for theirs (TGA).
@@ -124,17 +128,21 @@ def _read(path: Path) -> Picture:
             "a format that is not read", f"camera raw; convert it to one of {', '.join(FORMATS)}"
         )
     try:
-        with path.open("rb") as file:
-            _sniff(file.read(64), suffix)
-            file.seek(0)
+        with open_file(path) as file:
+            head = file.read(64)
+            _sniff(head, suffix)
+            _refuse_long(file, head)
             with Image.open(file, formats=_formats()) as image:
                 _refuse_bomb(image.size)
+                _refuse_bomb(_tile(image))
                 image.load()
                 return _picture(image, suffix)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableError(_BOMB, str(error).split(",")[0]) from error
     except (UnreadableError, Warning):
         raise
+    except MemoryError as error:
+        raise UnreadableError("too large for the memory of this machine") from error
     except PermissionError as error:
         raise UnreadableError("cannot be read: permission denied") from error
     except FileNotFoundError as error:
@@ -154,6 +162,23 @@ def _read(path: Path) -> Picture:
 
 _BROKEN = "broken or truncated image"
 _BOMB = "so many pixels that it may be a decompression bomb"
+_LARGEST = 1 << 30  # bytes of a file: Pillow reads some kinds whole
+_MOST_SCANS = 100
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # TIFF tags
+_TIFF_SIZES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+}  # bytes of each type
 
 
 @lru_cache(maxsize=1)
@@ -183,6 +208,51 @@ def _refuse_bomb(size: tuple[int, int]) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and size[0] * size[1] > limit:
         raise UnreadableError(_BOMB, f"{size[0]} x {size[1]} pixels; the limit is {limit}")
+
+
+def _tile(image: Image.Image) -> tuple[int, int]:
+    """The size of the pieces that a TIFF is stored in, of which one is held in memory, however small the image."""
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    width, height = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0)
+    return (width, height) if isinstance(width, int) and isinstance(height, int) else (0, 0)
+
+
+def _refuse_long(file: BinaryIO, head: bytes) -> None:
+    """Says no to files that a decoder would read for hours, or that would fill the memory: it sees only one
+    piece of them at a time. The file stands at its beginning then.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size > _LARGEST:
+        raise UnreadableError("a file too large for an image", f"{size:,} bytes; the limit is {_LARGEST:,}")
+    if head[:2] == b"\xff\xd8":
+        file.seek(0)
+        # A scan is a pass over the whole image; a progressive JPEG has about ten, and each may be a few bytes.
+        # Within a scan the two bytes cannot stand for anything else.
+        scans = sum(block.count(b"\xff\xda") for block in iter(partial(file.read, 1 << 20), b""))
+        if scans > _MOST_SCANS:
+            raise UnreadableError(_BOMB, f"a JPEG in {scans} scans; the limit is {_MOST_SCANS}")
+    elif head[:4] in (b"II*\0", b"MM\0*"):
+        _refuse_overlapping(file, ">" if head[:1] == b"M" else "<", size)
+    elif head[:4] in (b"II+\0", b"MM\0+"):
+        raise UnreadableError("a format that is not read", "BigTIFF; save it as TIFF or PNG")
+    file.seek(0)
+
+
+def _refuse_overlapping(file: BinaryIO, order: str, size: int) -> None:
+    """The tags of a TIFF may each say that the whole file is theirs, and Pillow keeps a copy for each."""
+    file.seek(4)
+    (start,) = struct.unpack(f"{order}I", file.read(4))
+    file.seek(start)
+    (count,) = struct.unpack(f"{order}H", file.read(2))
+    claimed = 0
+    for _ in range(count):
+        entry = file.read(12)
+        if len(entry) < 12:
+            break
+        _, kind, many = struct.unpack_from(f"{order}HHI", entry)
+        claimed += _TIFF_SIZES.get(kind, 0) * many
+    if claimed > max(size, 1 << 20):
+        raise UnreadableError(_BOMB, f"TIFF tags of {claimed:,} bytes in a file of {size:,}")
 
 
 def _picture(image: Image.Image, suffix: str) -> Picture:

@@ -15,13 +15,13 @@ from lehr.errors import DataError, nearest
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, and what kind of thing it turned out to be."""
+    """What was asked for, and what kind of thing it turned out to be; the last two are for a split."""
 
     source: str
     root: str
     kind: str
-    seed: int
-    valid_share: float
+    seed: int = 0
+    valid_share: float = 0.0
 
 
 @dataclass(frozen=True)

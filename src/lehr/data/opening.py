@@ -1,49 +1,36 @@
 """What a person points at -> a checked `Data`: the one way into this package.
 
-Decides what kind of thing it is, has it read and checked, splits it where the person did not, and turns all
-that is wrong into one error. How files and arrays are read is for the files beside this one.
+Decides what kind of thing it is, has it read and checked, and turns all that is wrong into one error: once to
+begin with it, and again to go on. How files and arrays are read is for the files beside this one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from lehr.data.arrays import ArrayReader, Arrays, load_npz
-from lehr.data.checking import Checked, Progress, check_files, notes_on, one_note
-from lehr.data.cifar import cifar_folder, load_cifar
-from lehr.data.digits import digits_of, load_digits_few
-from lehr.data.folders import Half, scan_folder
-from lehr.data.images import read_image
+from lehr.data.checking import Progress
+from lehr.data.cifar import cifar_folder
+from lehr.data.comparing import counterparts, listing_differences
+from lehr.data.gathering import BUILT_IN, PRETRAINING, gather
 from lehr.data.judging import Found, Request, listing_of
-from lehr.data.listing import Finding, Item, Listing, shown
+from lehr.data.listing import Listing, shown
 from lehr.data.transforms import Transform
 from lehr.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from lehr.data.datasets import ImageSamples
 
-BUILT_IN = ("digits",)
 _ACCEPTED = (
     "a folder of class folders (or with train/ and val/), a .npz file, a folder with CIFAR-10's files, "
     f"or a built-in name: {', '.join(BUILT_IN)}"
 )
-
-
-@dataclass(frozen=True)
-class FolderReader:
-    """Reads items by their path below `root`."""
-
-    root: str
-
-    def __call__(self, path: str, channels: int) -> Image.Image:
-        """The image of that path, mode L for 1 channel, RGB for 3."""
-        return read_image(Path(self.root, path), channels)
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,8 @@ def open_data(
     """
     source = os.fspath(where)
     try:
-        return _open(source, seed=seed, valid_share=valid_share, skip_bad=skip_bad, progress=progress)
+        request = _request(source, seed=seed, valid_share=valid_share)
+        return _judged(request, skip_bad=skip_bad, progress=progress)
     except OSError as error:  # a path that cannot even be asked about: too long, behind a closed folder
         detail = shown(str(error.filename or ""))
         raise DataError(
@@ -109,30 +97,102 @@ def open_data(
         ) from error
 
 
-def _open(source: str, *, seed: int, valid_share: float, skip_bad: bool, progress: Progress | None) -> Data:
-    """What kind of thing `source` is, and that kind's way in."""
+def reopened(
+    was: Listing, where: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
+) -> Data:
+    """The data of `was` again: the same samples in the same order and halves, or an error that says why not.
+
+    Whatever is there is looked at anew, and no path of `was` is opened that was not found so. Files that were
+    left out at the time, and others that are no usable images, are passed over again. Of a file that trained
+    or validated the bytes alone are read: while they are what they were, so is the image.
+
+    Args:
+        was: the listing that a run keeps.
+        where: where the data are now, as for `open_data`; None for where they were.
+        progress: called with (files done, files in all) while a folder is checked.
+
+    Raises:
+        DataError: where there is nothing, or anything else: samples gone, new, changed, moved or of another
+            class. What differs is named.
+
+    Example:
+        >>> was = open_data("digits").listing
+        >>> reopened(was).listing == was
+        True
+    """
+    built_in = where is None and was.kind == "digits"
+    source = os.fspath(where) if where is not None else was.source if built_in else was.root
+    name = shown(source)
+    try:
+        request = _request(source) if not built_in else Request(source, "", "digits")
+        # Without a digest the bytes would say nothing, so such a file is decoded.
+        known = {item.path for item in was.train + was.valid if item.digest}
+        found, read = gather(request, skip_bad=True, progress=progress, known=known)
+    except (DataError, OSError) as error:
+        place = "they" if where is None else f"they ({shown(was.root or was.source)} at first)"
+        raise DataError(
+            f"{name}: the data of this run cannot be opened again; put them back, or say where {place} are now: "
+            f"lehr resume RUN --data DATA\n  {error if isinstance(error, DataError) else shown(str(error))}"
+        ) from error
+    now = _as_before(was, request, found)
+    differences = listing_differences(was, now)
+    if differences:
+        lines = "".join(f"\n  {line}" for line in differences)
+        raise DataError(
+            f"{name}: not the data that this run began with; put them back as they were, or begin a new run: "
+            f"lehr fit {shlex.quote(name)}{lines}"
+        )
+    partner = counterparts(was.train + was.valid, now.train + now.valid)
+    train, valid = (tuple(partner[item.path] for item in half) for half in (was.train, was.valid))
+    return Data(replace(was, source=now.source, root=now.root, train=train, valid=valid), read)
+
+
+def _as_before(was: Listing, request: Request, found: Found) -> Listing:
+    """What was found as a listing, split as `was` is where it came in one piece."""
+    train, valid = found.train, found.valid
+    if valid is None:
+        partner = counterparts(was.train + was.valid, train)
+        held_out = {partner[item.path].path for item in was.valid if item.path in partner}
+        valid = tuple(item for item in train if item.path in held_out)
+        train = tuple(item for item in train if item.path not in held_out)
+    # Of known files only the bytes were read: where these are the same, so are size and channels.
+    channels, size = (was.channels, was.size) if request.kind == "folder" else (found.channels, found.size)
+    return replace(
+        was,
+        source=was.source if request.root == was.root else request.source,
+        root=request.root,
+        kind=request.kind,
+        classes=found.classes,
+        train=train,
+        valid=valid,
+        channels=channels,
+        size=size,
+    )
+
+
+def _judged(request: Request, *, skip_bad: bool, progress: Progress | None) -> Data:
+    found, read = gather(request, skip_bad=skip_bad, progress=progress)
+    return Data(listing_of(request, found), read)
+
+
+def _request(source: str, *, seed: int = 0, valid_share: float = 0.0) -> Request:
+    """What kind of thing `source` is, and where."""
     path = Path(source).expanduser()
     if source in BUILT_IN:
-        arrays = load_digits_few()
-        if path.exists():
-            what = f"the built-in {source} is meant; for the folder of this name write ./{source}"
-            arrays = replace(arrays, findings=(Finding("", what, fatal=False),))
-        return _from_arrays(arrays, Request(source, "", "digits", seed, valid_share))
+        return Request(source, "", "digits", seed, valid_share)
     if not path.exists():
         raise DataError(
             f"{shown(source)}: no such file or folder, and no built-in name{_near(path)} Expected {_ACCEPTED}"
         )
-    root = str(path.absolute())
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise DataError(f"{shown(source)} is a file; expected {_ACCEPTED} (unpack an archive first)")
-        return _from_arrays(load_npz(path), Request(source, root, "npz", seed, valid_share))
-    if not path.is_dir():
+        kind = "npz"
+    elif path.is_dir():
+        kind = "folder" if cifar_folder(path) is None else "cifar"
+    else:
         raise DataError(f"{shown(source)} is neither a file nor a folder; expected {_ACCEPTED}")
-    cifar = cifar_folder(path)
-    if cifar is not None:
-        return _from_arrays(load_cifar(cifar), Request(source, root, "cifar", seed, valid_share))
-    return _from_folder(path, Request(source, root, "folder", seed, valid_share), skip_bad, progress)
+    return Request(source, str(path.absolute()), kind, seed, valid_share)
 
 
 def digits_pretraining(*, seed: int = 0, valid_share: float = 0.2) -> Data:
@@ -141,84 +201,7 @@ def digits_pretraining(*, seed: int = 0, valid_share: float = 0.2) -> Data:
     >>> digits_pretraining().classes
     ('0', '1', '2', '3', '4')
     """
-    return _from_arrays(digits_of(range(5)), Request("digits 0 to 4", "", "digits", seed, valid_share))
-
-
-def _from_arrays(arrays: Arrays, request: Request) -> Data:
-    pixels = next(iter(arrays.pixels.values()))
-    found = Found(
-        arrays.classes,
-        arrays.train,
-        arrays.valid,
-        arrays.findings,
-        arrays.split,
-        channels=1 if pixels.ndim == 3 else 3,
-        size=(int(pixels.shape[1]), int(pixels.shape[2])),
-    )
-    return Data(listing_of(request, found), ArrayReader(arrays.pixels))
-
-
-def _from_folder(path: Path, request: Request, skip_bad: bool, progress: Progress | None) -> Data:
-    scan = scan_folder(path)
-    halves = [half for half in (scan.train, scan.valid) if half is not None]
-    paths = [file for half in halves for files in half.files.values() for file in files]
-    checked = check_files(path, paths, progress)
-    good = {file.path: file for file in checked if file.problem is None}
-    findings = [*scan.findings, *_problems(checked), *notes_on(checked)]
-    for half in halves:
-        findings += _without_images(half, good)
-    if skip_bad:
-        findings = [_skipped(finding) for finding in findings]
-    classes, items = _items(halves, good)
-    sizes = {file.size for file in good.values()}
-    found = Found(
-        classes,
-        items[0],
-        items[1] if scan.valid is not None else None,
-        tuple(findings),
-        scan.split,
-        channels=1 if all(file.channels == 1 for file in good.values()) else 3,
-        size=sizes.pop() if len(sizes) == 1 else None,
-    )
-    return Data(listing_of(request, found), FolderReader(request.root))
-
-
-def _problems(checked: Sequence[Checked]) -> list[Finding]:
-    """A finding for each file that should be an image and is none; one note on all that never meant to be."""
-    problems = [file.problem for file in checked if file.problem is not None]
-    others = [problem.path for problem in problems if not problem.fatal]
-    return [problem for problem in problems if problem.fatal] + one_note(others, "not an image, ignored")
-
-
-def _without_images(half: Half, good: Mapping[str, Checked]) -> list[Finding]:
-    """The class folders that hold files, but none that can be used."""
-    return [
-        Finding(f"{half.folder_of(files[0])}/", "a class folder without a usable image", fatal=True)
-        for files in half.files.values()
-        if files and not any(file in good for file in files)
-    ]
-
-
-def _skipped(finding: Finding) -> Finding:
-    """What `skip_bad` makes of a finding: what concerns a path is left out and becomes a note."""
-    if not (finding.fatal and finding.path):
-        return finding
-    return replace(finding, what=f"left out: {finding.what}", fatal=False)
-
-
-def _items(
-    halves: Sequence[Half], good: Mapping[str, Checked]
-) -> tuple[tuple[str, ...], list[tuple[Item, ...]]]:
-    """The classes that have a usable image, those of the training half first, and each half's items."""
-    used = [
-        name for half in halves for name, files in half.files.items() if any(file in good for file in files)
-    ]
-    label = {name: index for index, name in enumerate(dict.fromkeys(used))}
-    items = [
-        tuple(Item(file, label[name]) for name, files in half.files.items() for file in files if file in good)
-        for half in halves
-    ]
-    return tuple(label), items
+    return _judged(Request(PRETRAINING, "", "digits", seed, valid_share), skip_bad=False, progress=None)
 
 
 def _near(path: Path) -> str:
