@@ -225,3 +225,36 @@ def test_no_stages(table: dict[str, object]) -> None:
     """A table without a list of stages says how stages are written."""
     with pytest.raises(RecipeError, match=r"^recipe: stages.*stage"):
         recipe_from(table)
+
+
+def test_a_hundred_mistakes_are_said_in_twenty_lines() -> None:
+    """However many mistakes a recipe has, its error fits on a screen, and counts what it leaves out."""
+    with pytest.raises(RecipeError) as caught:
+        recipe_from({"stages": [{"length": "1 epoch", "train": "all", "lr": -1}] * 100})
+    lines = str(caught.value).split("\n")
+    assert len(lines) == 21
+    assert lines[-1] == "recipe: and 80 more"
+
+
+@pytest.mark.parametrize("length", ["1e30 steps", "100000001 steps", "1e7 epochs"])
+def test_a_stage_longer_than_any_run_is_refused(length: str) -> None:
+    """A slip of the exponent is a mistake in the recipe, not a plan that fills the memory."""
+    with pytest.raises(RecipeError, match="longer than any run"):
+        Stage(length, train="all", lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"lr": 10**400},
+        {"batch_size": 10**400},
+        {"optimizer": {"name": "sgd", "momentum": 10**5000}},
+        {"length": 10**5000},
+    ],
+)
+def test_numbers_beyond_every_type_are_refused(said: dict[str, Any]) -> None:
+    """An integer of any length, as TOML and Python have them, is refused in words."""
+    stage = {"length": "1 epoch", "train": "all", "lr": 0.1}
+    recipe = {"stages": [stage | {k: v for k, v in said.items() if k != "optimizer"}]}
+    with pytest.raises(RecipeError):
+        recipe_from(recipe | {k: v for k, v in said.items() if k == "optimizer"})

@@ -152,3 +152,10 @@ def test_readable() -> None:
     )
     assert str(step_decay(["30 epochs", "1 epoch"])) == 'step_decay(at=["30 epochs", "1 epoch"])'
     assert str(cosine(length="3 epochs", per="epoch")) == 'cosine(length="3 epochs", per="epoch")'
+
+
+def test_restarts_without_end_are_refused() -> None:
+    """Ten million cycles of a step each would take a minute to lay out: a million is the most."""
+    with pytest.raises(ScheduleError, match="more than 1,000,000 cycles"):
+        restarts("1 step", grow=1).over(steps=10_000_000)(0)
+    assert restarts("1 step", grow=2).over(steps=10_000_000)(0) == 1.0

@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Literal, get_args
 
 from lehr.errors import DurationError, nearest
+from lehr.untrusted import brief
 
 Unit = Literal["epochs", "steps", "%"]
 
@@ -66,12 +67,12 @@ class Duration:
             return text
         if isinstance(text, (int, float)) and not isinstance(text, bool):
             raise DurationError(
-                f'{where}: {text!r} has no unit; write "{text} epochs" or "{text} steps", or a share such as "10%"'
+                f'{where}: {brief(text)} has no unit; write "{brief(text)} epochs" or "{brief(text)} steps", or a share such as "10%"'
             )
         found = _WRITTEN.fullmatch(text.strip()) if isinstance(text, str) and len(text) <= _LONGEST else None
         if not found:
             raise DurationError(
-                f'{where}: {text!r} is not a duration; expected a number and a unit: "5 epochs", "400 steps" or "10%"'
+                f'{where}: {brief(text)} is not a duration; expected a number and a unit: "5 epochs", "400 steps" or "10%"'
             )
         number, unit = found.groups()
         if not unit:
@@ -131,9 +132,9 @@ def _exact(amount: object) -> Fraction:
     try:
         if isinstance(amount, Real) and not isinstance(amount, bool):
             return amount if isinstance(amount, Fraction) else Fraction(str(amount))
-    except ValueError:  # not a number, or infinite
+    except ValueError:  # not a number, infinite, or of more digits than Python writes
         pass
-    raise DurationError(f"amount={amount!r}; expected a finite number")
+    raise DurationError(f"amount={brief(amount)}; expected a finite number")
 
 
 def _decimal(amount: Fraction) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lehr import schedules
 from lehr.curves import Schedule
 from lehr.errors import ScheduleError, nearest
+from lehr.untrusted import brief
 
 CONSTRUCTORS: dict[str, Callable[..., Schedule]] = {
     f.__name__: f
@@ -47,18 +50,22 @@ def read_schedule(written: object, *, where: str = "schedule") -> Schedule:
     if isinstance(written, Mapping):
         return _from_table(dict(written), where)
     if not isinstance(written, str) or len(written) > _LONGEST:
+        said = brief(written, 80)
+        said = said if isinstance(written, str) else f"'{said}'"
         raise ScheduleError(
-            f"{where}: {str(written)[:80]!r} is not a schedule; expected a text such as 'warmup(\"5%\") >> cosine(floor=0.01)' "
+            f"{where}: {said} is not a schedule; expected a text such as 'warmup(\"5%\") >> cosine(floor=0.01)' "
             'or a table such as { warmup = "5%", shape = "cosine" }'
         )
     try:
-        tree = ast.parse(written.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Python finds odd about the text as a program
+            tree = ast.parse(written.strip(), mode="eval").body
         return _schedule(tree, where)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, ScheduleError):
             raise
         raise ScheduleError(
-            f"{where}: {written!r} cannot be read as a schedule; write for example 'warmup(\"5%\") >> cosine(floor=0.01)'"
+            f"{where}: {brief(written)} cannot be read as a schedule; write for example 'warmup(\"5%\") >> cosine(floor=0.01)'"
         ) from None
 
 
@@ -85,9 +92,11 @@ def _schedule(node: ast.expr, where: str) -> Schedule:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         args = tuple(_value(arg, where) for arg in node.args)
         keywords = {str(k.arg): _value(k.value, where) for k in node.keywords}
+        if len(keywords) < len(node.keywords):
+            raise ScheduleError(f"{where}: {brief(ast.unparse(node))} says something twice; write it once")
         return _call(node.func.id, args, keywords, where)
     raise ScheduleError(
-        f'{where}: {ast.unparse(node)!r} is not a schedule; expected a call such as cosine() or warmup("5%")'
+        f'{where}: {brief(ast.unparse(node))} is not a schedule; expected a call such as cosine() or warmup("5%")'
     )
 
 
@@ -98,21 +107,24 @@ def _value(node: ast.expr, where: str) -> object:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
         raise ScheduleError(
-            f"{where}: {ast.unparse(node)!r} is neither a number, a text, a list nor a schedule"
+            f"{where}: {brief(ast.unparse(node))} is neither a number, a text, a list nor a schedule"
         ) from None
 
 
 def _call(name: str, args: tuple[object, ...], keywords: dict[str, Any], where: str) -> Schedule:
     if name not in CONSTRUCTORS:
         raise ScheduleError(
-            f"{where}: no schedule is called {name!r}{nearest(name, CONSTRUCTORS)} Known: {', '.join(CONSTRUCTORS)}"
+            f"{where}: no schedule is called {brief(name)}{nearest(name, CONSTRUCTORS)} Known: {', '.join(CONSTRUCTORS)}"
         )
     signature = inspect.signature(CONSTRUCTORS[name])
     for key in keywords:
         if key not in signature.parameters:
             raise ScheduleError(
-                f"{where}: {name} has no setting {key!r}{nearest(key, signature.parameters)} It takes: {', '.join(signature.parameters)}"
+                f"{where}: {name} has no setting {brief(key)}{nearest(key, signature.parameters)} "
+                f"It takes: {', '.join(signature.parameters)}"
             )
+    for value in (*args, *keywords.values()):
+        _refuse_odd(value, f"{where}: {name}")
     try:
         signature.bind(*args, **keywords)
     except TypeError as error:
@@ -123,3 +135,14 @@ def _call(name: str, args: tuple[object, ...], keywords: dict[str, Any], where: 
         raise ScheduleError(f"{where}: {name}: {error}") from None
     except ValueError as error:
         raise ScheduleError(f"{where}: {error}") from None
+
+
+def _refuse_odd(value: object, where: str) -> None:
+    """Raise for what no setting takes: other things than numbers, texts and lists, numbers beyond float64."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_odd(item, where)
+    elif isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
+        raise ScheduleError(f"{where}: {brief(value)} is no number that a rate can be multiplied by")
+    elif value is not None and not isinstance(value, (str, int, float, Schedule)):
+        raise ScheduleError(f"{where}: {brief(value)}; expected a number, a text, a list or a schedule")

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lehr.errors import RecipeError
+from lehr.untrusted import MIB, printable, read_bytes
 
 FORMAT = 1
 # What a model is called changes nothing, nor how a length was written: its parameters and steps count.
 _WITHOUT_EFFECT = ("model", "notes", "said")
 _MAY_BE_INFINITE = ("clip_norm", "patience")
-_LARGEST = 256 * 2**20
+_LARGEST = 256 * MIB
 
 
 def content_hash(plain: Mapping[str, Any]) -> str:
@@ -52,22 +53,21 @@ def read(path: str | Path) -> dict[str, Any]:
         RecipeError: where it cannot be read, is of another format, or does not have the hash that it says.
     """
     again = "make it again with `lehr plan --json`"
+    name = printable(str(path))
     try:
-        if Path(path).stat().st_size > _LARGEST:
-            raise RecipeError(f"{path}: larger than {_LARGEST >> 20} MiB, which no plan is; {again}")
-        whole = json.loads(Path(path).read_text(encoding="utf-8"))
+        whole = json.loads(read_bytes(path, most=_LARGEST).decode("utf-8"))
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+        raise RecipeError(f"{name}: cannot be read: {error.strerror}; {again}") from None
     except (ValueError, RecursionError):
-        raise RecipeError(f"{path}: not JSON; {again}") from None
+        raise RecipeError(f"{name}: not JSON; {again}") from None
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:
-        raise RecipeError(f"{path}: not a plan of format {FORMAT}; {again}")
+        raise RecipeError(f"{name}: not a plan of format {FORMAT}; {again}")
     said = whole.pop("hash", None)
     del whole["format"]
     plain: dict[str, Any] = _finite_again(whole)
     if _hash_or_none(plain) != said or said is None:
         raise RecipeError(
-            f"{path}: its content does not have the hash that it says, so it was changed or damaged; {again}"
+            f"{name}: its content does not have the hash that it says, so it was changed or damaged; {again}"
         )
     return plain
 
@@ -75,7 +75,7 @@ def read(path: str | Path) -> dict[str, Any]:
 def _hash_or_none(plain: Mapping[str, Any]) -> str | None:
     try:
         return content_hash(plain)
-    except ValueError:  # NaN, which Python's reader lets pass and no plan has
+    except (ValueError, RecursionError):  # NaN or half a character, which Python's reader lets pass
         return None
 
 

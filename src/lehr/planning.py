@@ -22,7 +22,9 @@ from lehr.curves import Curve, Schedule
 from lehr.errors import RecipeError, SelectionError, nearest
 from lehr.notation import read_schedule
 from lehr.plan_text import plan_text
+from lehr.plan_values import check_plan
 from lehr.shapes import Array
+from lehr.untrusted import printable, printable_lines
 
 
 @dataclass(frozen=True)
@@ -255,12 +257,18 @@ class Plan:
         """
         plain = plan_json.read(path)
         try:
-            return cls.from_dict(plain)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RecipeError(f"{path}: not a plan: {error}; make it again with `lehr plan --json`") from None
+            check_plan(plain)
+            plan = cls.from_dict(plain)
+            for stage in plan.stages:
+                stage.curve  # noqa: B018 - a schedule that does not fit its stage is refused here
+        except ValueError as error:
+            raise RecipeError(
+                f"{printable(str(path))}: not a plan: {error}; make it again with `lehr plan --json`"
+            ) from None
+        return plan
 
     def __str__(self) -> str:
-        return plan_text(self)
+        return printable_lines(plan_text(self))  # names of parameters and patterns are whatever someone chose
 
     @cached_property
     def _trainable(self) -> tuple[frozenset[str], ...]:

@@ -7,7 +7,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -100,12 +100,13 @@ def _table(rows: Iterable[Prediction], out: TextIO, path_width: int, class_width
 
 def _csv(rows: Iterable[Prediction], out: TextIO) -> None:
     writer = csv.writer(out, lineterminator="\n")
+    said: Callable[[str], str] = shown if out.isatty() else str  # a file has the names as they are
     writer.writerow(["path", "rank", "class", "probability", "error"])
     for row in rows:
         for rank, (name, p) in enumerate(row.top, 1):
-            writer.writerow([row.path, rank, name, f"{p:.6f}", ""])
+            writer.writerow([said(row.path), rank, said(name), f"{p:.6f}", ""])
         if row.error:
-            writer.writerow([row.path, "", "", "", row.error])
+            writer.writerow([said(row.path), "", "", "", said(row.error)])
 
 
 def _json(rows: Iterable[Prediction], out: TextIO) -> None:
@@ -115,5 +116,7 @@ def _json(rows: Iterable[Prediction], out: TextIO) -> None:
         else {"path": row.path, "top": [{"class": n, "probability": p} for n, p in row.top]}
         for row in rows
     ]
-    json.dump(plain, out, indent=1, ensure_ascii=False)
-    out.write("\n")
+    text = json.dumps(plain, indent=1, ensure_ascii=False)
+    if not text.replace("\n", "").isprintable():  # the same JSON, in which nothing acts on a terminal
+        text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    out.write(text + "\n")

@@ -15,7 +15,6 @@ from typing import Annotated, Any, TypeVar
 import tomlkit
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from tomlkit.exceptions import TOMLKitError
 
 from lehr.curves import Schedule
 from lehr.errors import RecipeError, nearest
@@ -36,8 +35,11 @@ from lehr.recipe_values import (
 )
 from lehr.schedules import cosine, warmup
 from lehr.toml import toml_lines
+from lehr.untrusted import MIB, brief, printable, read_bytes
 
 _T = TypeVar("_T")
+_LARGEST = MIB  # of the text of a recipe; a long one has some thousand bytes
+_MOST_FINDINGS = 20  # lines in one message
 _CLOSED = ConfigDict(extra="forbid")
 
 
@@ -177,6 +179,10 @@ def recipe_from(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         raise RecipeError(_explain(error, where)) from None
     except RecipeError as error:
         raise type(error)(f"{where}: {error}") from None
+    except RecursionError:
+        raise RecipeError(
+            f"{where}: tables or lists within each other without end; a recipe has two levels"
+        ) from None
 
 
 def load_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> Recipe:
@@ -186,18 +192,26 @@ def load_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> Recipe:
         RecipeError: where the file cannot be read, is no TOML, or says something that cannot be, naming
             file and key.
     """
+    name = printable(str(path))
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_bytes(path, most=_LARGEST).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise RecipeError(
-            f"{path}: cannot be read: {reason}; `lehr init DATA` writes a recipe to start from"
+            f"{name}: cannot be read: {reason}; `lehr init DATA` writes a recipe to start from"
         ) from None
+    return recipe_from(overridden(_parsed(text, name), settings), where=name)
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    """What a TOML text says, as plain values."""
     try:
-        table = tomlkit.parse(text).unwrap()
-    except TOMLKitError as error:
-        raise RecipeError(f"{path}: not TOML: {error}") from None
-    return recipe_from(overridden(table, settings), where=str(path))
+        return tomlkit.parse(text).unwrap()
+    except RecursionError:
+        raise RecipeError(f"{where}: not TOML that a recipe needs: lists within lists within lists") from None
+    except Exception as error:  # tomlkit lets ValueError, AttributeError and more of Python's through
+        said = printable(str(error)[:200]) or type(error).__name__
+        raise RecipeError(f"{where}: not TOML: {said}") from None
 
 
 def overridden(table: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -211,7 +225,9 @@ def overridden(table: Mapping[str, Any], settings: Sequence[str]) -> dict[str, A
     for setting in settings:
         key, equals, written = setting.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"--set {setting}: expected KEY=VALUE, for example --set stages.0.lr=1e-3")
+            raise RecipeError(
+                f"--set {printable(setting[:200])}: expected KEY=VALUE, for example --set stages.0.lr=1e-3"
+            )
         target: Any = out
         *path, last = key.strip().split(".")
         for part in path:
@@ -223,28 +239,30 @@ def overridden(table: Mapping[str, Any], settings: Sequence[str]) -> dict[str, A
             target[last] = _toml_value(written)
         else:
             raise RecipeError(
-                f"--set {setting}: {'.'.join(path)} is a single value, so {last!r} cannot be set inside it"
+                f"--set {printable(setting[:200])}: {printable('.'.join(path))} is a single value, so {last!r} cannot be set inside it"
             )
     return out
 
 
 def _step_into(target: Any, part: str, setting: str) -> Any:
     if isinstance(target, list):
-        if not part.isdecimal() or int(part) >= len(target):
+        if not part.isdecimal() or len(part) > 9 or int(part) >= len(target):
             raise RecipeError(
-                f"--set {setting}: there are {len(target)} entries, 0 to {len(target) - 1}; {part!r} is none of them"
+                f"--set {printable(setting[:200])}: there are {len(target)} entries, 0 to {len(target) - 1}; {part!r} is none of them"
             )
         return target[int(part)]
     if not isinstance(target, dict):
-        raise RecipeError(f"--set {setting}: {part!r} lies inside a single value; set that value as a whole")
+        raise RecipeError(
+            f"--set {printable(setting[:200])}: {part!r} lies inside a single value; set that value as a whole"
+        )
     return target.setdefault(part, {})
 
 
 def _toml_value(written: str) -> Any:
     """A TOML value; a bare word is a text, so that `optimizer=sgd` needs no quotes within quotes."""
     try:
-        return tomlkit.parse(f"x = {written}").unwrap()["x"]
-    except TOMLKitError:
+        return _parsed(f"x = {written}", "--set")["x"]
+    except RecipeError:
         return written.strip()
 
 
@@ -271,15 +289,16 @@ def _said(value: Any, cls: type) -> dict[str, Any]:
 
 def _explain(error: ValidationError, where: str, cls: type = Recipe) -> str:
     """pydantic's findings as one line each: where it is, what was found, what was expected, how to mend it."""
-    lines = dict.fromkeys(f"{where}: {_finding(dict(found), cls)}" for found in error.errors())
-    return "\n".join(lines)
+    lines = list(dict.fromkeys(f"{where}: {_finding(dict(found), cls)}" for found in error.errors()))
+    more = [f"{where}: and {len(lines) - _MOST_FINDINGS} more"] * (len(lines) > _MOST_FINDINGS)
+    return "\n".join(lines[:_MOST_FINDINGS] + more)
 
 
 def _finding(found: dict[str, Any], cls: type) -> str:
     loc = tuple(found["loc"])
     if loc and loc[0] == 0:  # the one positional argument of a direct call
         loc = (fields(cls)[0].name, *loc[1:])
-    place = ".".join(str(part) for part in loc)
+    place = ".".join(printable(str(part)[:100]) for part in loc)
     kind = found["type"]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         key = str(loc[-1])
@@ -302,10 +321,10 @@ def _finding(found: dict[str, Any], cls: type) -> str:
     if kind == "unexpected_positional_argument":
         names = [f.name for f in fields(cls)]
         meant = names[loc[0]] if isinstance(loc[0], int) and loc[0] < len(names) else names[1]
-        return f"{found['input']!r}; only {names[0]!r} may stand without its name: write {meant}={found['input']!r} or the like"
+        return f"{brief(found['input'])}; only {names[0]!r} may stand without its name: write {meant}={brief(found['input'])} or the like"
     if place == "stages":
-        return f"stages: {found['input']!r}; expected a list of stages: [[stages]] in TOML, stages=[lehr.Stage(...)] in Python"
-    return f"{place}: {found['input']!r}; {_expected(kind, found)}"
+        return f"stages: {brief(found['input'])}; expected a list of stages: [[stages]] in TOML, stages=[lehr.Stage(...)] in Python"
+    return f"{place}: {brief(found['input'])}; {_expected(kind, found)}"
 
 
 def _expected(kind: str, found: dict[str, Any]) -> str:

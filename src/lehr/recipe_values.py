@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,8 +17,10 @@ from pydantic import Field, PlainValidator
 from lehr.curves import Schedule
 from lehr.duration import Duration
 from lehr.notation import read_schedule
+from lehr.untrusted import brief, printable
 
 LrRule = Literal["fixed", "linear"]
+_MOST = {"steps": 10**8, "epochs": 10**6}  # a rate is computed for each step
 _OWN_PLACE = {
     "lr": "the stage's `lr`",
     "weight_decay": "the recipe's `weight_decay`",
@@ -27,10 +30,10 @@ _OWN_PLACE = {
 
 def _duration(said: object, *units: str) -> Duration:
     """The duration; a bare number is refused here, for only some `units` would do."""
-    number = str(said).strip()
+    number = said.strip() if isinstance(said, str) else brief(said)
     if not isinstance(said, bool) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", number):
         ways = " or ".join(f'"{number} {unit}"' for unit in units if number.isdecimal() or unit == "epochs")
-        raise ValueError(f"{said!r} has no unit; write {ways}")
+        raise ValueError(f"{brief(said)} has no unit; write {ways}")
     return Duration.parse(said, where="duration")  # type: ignore[arg-type]  # refuses everything but text
 
 
@@ -41,6 +44,9 @@ def _stage_length(said: object) -> str:
         raise ValueError(f'"{said}" is a share, but of what? A stage\'s length is in "epochs" or "steps"')
     if not length.amount:
         raise ValueError(f'"{said}" is no stage at all; leave the stage out, or give it at least one step')
+    most = _MOST[length.unit]
+    if length.amount > most:
+        raise ValueError(f'"{said}" is longer than any run; a stage has at most {most:,} {length.unit}')
     return str(said)
 
 
@@ -56,7 +62,7 @@ def _epochs(said: object) -> str:
 def _patterns(said: object) -> tuple[str, ...]:
     listed = (said,) if isinstance(said, str) else said
     if not isinstance(listed, Sequence) or not all(isinstance(p, str) and p for p in listed):
-        raise ValueError(f'{said!r}; expected a pattern such as "head", or a list of patterns')
+        raise ValueError(f'{brief(said)}; expected a pattern such as "head", or a list of patterns')
     return tuple(listed)
 
 
@@ -78,8 +84,8 @@ def _rate(said: object) -> float | dict[str, float]:
 
 
 def _positive(said: object, what: str) -> float:
-    if isinstance(said, bool) or not isinstance(said, (int, float)) or not 0 < said < float("inf"):
-        raise ValueError(f"{said!r}; expected a {what} above 0, a number such as 1e-3")
+    if isinstance(said, bool) or not isinstance(said, (int, float)) or not 0 < said <= sys.float_info.max:
+        raise ValueError(f"{brief(said)}; expected a {what} above 0, a number such as 1e-3")
     return float(said)
 
 
@@ -87,7 +93,7 @@ def _optimizer(said: object) -> str | dict[str, Any]:
     table = {"name": said} if isinstance(said, str) else said
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str) or not table["name"]:
         raise ValueError(
-            f'{said!r}; expected a name such as "adamw", or a table {{ name = "sgd", momentum = 0.9 }}'
+            f'{brief(said)}; expected a name such as "adamw", or a table {{ name = "sgd", momentum = 0.9 }}'
         )
     for key, place in _OWN_PLACE.items():
         if key in table:
@@ -101,10 +107,11 @@ def _setting(key: str, value: object) -> object:
     """
     if isinstance(value, (list, tuple)):
         return [_setting(key, item) for item in value]
-    if isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+    whole = isinstance(value, int) and abs(value) < 2**63  # a larger one is no number of torch
+    if whole or isinstance(value, str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise ValueError(
-        f"{key}={value!r}; expected a finite number, a text, true or false, or a list of them; leave out what is None"
+        f"{printable(key)}={brief(value)}; expected a finite number, a text, true or false, or a list of them; leave out what is None"
     )
 
 
@@ -115,7 +122,7 @@ Trained = Annotated[str | Sequence[str], PlainValidator(_trained)]
 Rate = Annotated[float | Mapping[str, float], PlainValidator(_rate)]
 OptimizerSaid = Annotated[str | Mapping[str, Any], PlainValidator(_optimizer)]
 ScheduleSaid = Annotated[Schedule, PlainValidator(read_schedule)]
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1, strict=True)]

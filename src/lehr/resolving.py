@@ -16,6 +16,7 @@ from lehr.curves import Schedule
 from lehr.duration import Duration
 from lehr.errors import RecipeError
 from lehr.plan_text import listed
+from lehr.plan_values import MOST_STEPS
 from lehr.planning import Plan, PlannedStage, batches_in
 from lehr.recipe import Recipe, Stage
 from lehr.selection import ModelFacts, partition, select
@@ -62,6 +63,10 @@ def resolve(recipe: Recipe, facts: ModelFacts, *, samples: int, batches: int | N
             restore_best=recipe.restore_best if stage.restore_best is None else stage.restore_best,
         )  # fmt: skip
         stages.append(planned)
+    if stages[-1].stop > MOST_STEPS:
+        raise RecipeError(
+            f"stages: {stages[-1].stop:,} steps in all; a plan has {MOST_STEPS:,} at most, so make them shorter"
+        )
     return Plan(
         model=facts.name, samples=samples, stages=tuple(stages), groups=groups,
         parameters={p.name: p.count for p in facts.parameters},

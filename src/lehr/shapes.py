@@ -23,6 +23,8 @@ ToPositions = Callable[[Duration, int], int]
 Curvature = Literal["linear", "quadratic"]
 Anneal = Literal["cosine", "linear"]
 
+_MOST_CYCLES = 1_000_000
+
 
 def _share(shape: str, key: str, value: float) -> None:
     """Refuse a number that is not a share of the peak."""
@@ -256,5 +258,10 @@ class Restarts:
             )
         starts = [0.0]
         while starts[-1] < n:
+            if len(starts) > _MOST_CYCLES:
+                raise ScheduleError(
+                    f'restarts: first="{self.first}" begins more than {_MOST_CYCLES:,} cycles in {n:,} steps; '
+                    "make the first longer, or let them grow"
+                )
             starts.append(starts[-1] + max(1, int(first * self.grow ** (len(starts) - 1) + 0.5)))
         return np.array(starts)

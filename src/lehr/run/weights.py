@@ -1,13 +1,12 @@
 """Weights files: read without running anything, fitted to a model by name, written as safetensors.
 
-A file may be `.safetensors`, or what `torch.save` wrote (read with `weights_only`). Wrappers such as
+A file may be `.safetensors`, or what `torch.save` wrote (read as data, `pth.py`). Wrappers such as
 `{'state_dict': ...}` and prefixes such as `module.` are understood. This file must not know what the weights
 are for.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lehr.errors import RunError, WeightsError, nearest
+from lehr.plain_pickle import RefusedError
+from lehr.run.pth import read_pth
+from lehr.untrusted import open_file, printable
 
 State = dict[str, torch.Tensor]
 _WRAPPERS = (
@@ -74,26 +76,30 @@ def read_weights(path: str | Path) -> State:
         WeightsError: where it cannot be read safely, or holds no tensors by name.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise WeightsError(f"{file}: {_no_file(file)} Expected a .safetensors, .pth or .pt file")
+    name = printable(str(file))
     try:
-        if file.suffix == ".safetensors":
-            return dict(load_file(file))
-        found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        # The handle is kept while safetensors, which opens by name, reads: what was looked at stays there.
+        with open_file(file) as opened:
+            if file.suffix == ".safetensors":
+                return dict(load_file(file))
+            found = read_pth(opened)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise WeightsError(f"{name}: {_no_file(file)} Expected a .safetensors, .pth or .pt file") from None
+    except RefusedError as error:
         raise WeightsError(
-            f"{file}: holds more than tensors, or is damaged, and reading it could run code, so it was not; "
+            f"{name}: holds more than tensors, and nothing else in it was looked at ({printable(str(error)[:200])}); "
             "save the weights alone: torch.save(model.state_dict(), path), or as safetensors"
         ) from None
     except OSError as error:
         raise WeightsError(
-            f"{file}: cannot be read: {error.strerror or error}; mend its permissions, or copy it anew"
+            f"{name}: cannot be read: {error.strerror or error}; mend its permissions, or copy it anew"
         ) from None
-    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, IndexError) as error:
-        words = str(error).splitlines()[0][:200] if " " in str(error) else ""  # a KeyError says "101"
-        said = f" ({words})" if words else ""
+    # DamagedError, SafetensorError, and what safetensors lets through of torch's and Python's
+    except Exception as error:
+        words = str(error).split("\n")[0][:200] if " " in str(error) else ""  # a KeyError says "101"
+        said = f" ({printable(words)})" if words else ""
         raise WeightsError(
-            f"{file}: not a weights file{said}; expected safetensors, or a state_dict that torch.save wrote"
+            f"{name}: not a weights file, or damaged{said}; expected safetensors, or a state_dict that torch.save wrote"
         ) from None
     return _unwrapped(found, file)
 
@@ -232,7 +238,7 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
 
 def listed(names: Sequence[str], most: int = 4) -> str:
     """Some of the names, and how many more there are."""
-    shown = ", ".join(names[:most])
+    shown = ", ".join(printable(name[:100]) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
@@ -245,4 +251,4 @@ def _no_file(file: Path) -> str:
     if file.is_dir():
         return "a folder, not a file."
     siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-    return f"no such file{nearest(file.name, siblings)}"
+    return f"no such file{nearest(printable(file.name), map(printable, siblings))}"
