@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -87,3 +89,77 @@ def test_what_cannot_be_written_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"a picture is written as one of|there is no directory"):
         draw_plan(plan_of(HEAD), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+class Drawn:
+    """What was given to matplotlib: each line's steps and rates, and how it was to look."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from matplotlib.axes import Axes
+
+        self.lines: list[tuple[list[int], list[float], dict[str, object]]] = []
+        plot = Axes.plot
+
+        def spy(axes: Axes, x: Any, y: Any, **how: Any) -> object:
+            self.lines.append((x.tolist(), y.tolist(), how))
+            return plot(axes, x, y, **how)
+
+        monkeypatch.setattr(Axes, "plot", spy)
+
+    def rates(self, **how: object) -> dict[int, float]:
+        """The rate at each step of all lines that look so."""
+        return {
+            step: rate
+            for steps, rates, its in self.lines
+            if all(its.get(key) == value for key, value in how.items())
+            for step, rate in zip(steps, rates, strict=True)
+            if rate == rate
+        }
+
+
+def test_a_run_that_changed_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solid is what was done, the old plan up to the step where the run went on and the new one from there;
+    what either plan had besides is dashed; the step and the dashes are named."""
+    drawn = Drawn(monkeypatch)
+    before = plan_of(HEAD, ALL)
+    plan = plan_of(HEAD, replace(ALL, length="6 epochs"))
+    draw_plan(plan, tmp_path / "plan.svg", before=before, at=37)
+    old, new = before.lr("head").tolist(), plan.lr("head").tolist()
+    assert drawn.rates(color="C1") == {t: rate for t, rate in enumerate([*old[:37], *new[37:]]) if rate}
+    dashed = drawn.rates(linestyle=(0, (4, 2.5)))
+    assert sorted(dashed) == list(range(50))
+    text = (tmp_path / "plan.svg").read_text(encoding="utf-8")
+    for word in ("resumed at 37", "planned, not followed"):
+        assert text.count(f"<!-- {word} -->") == 1, word
+
+
+def test_a_plan_beside_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a step the plan before is dashed as a whole behind the new one, and the axis has room for
+    both."""
+    drawn = Drawn(monkeypatch)
+    before, plan = plan_of(HEAD, ALL), plan_of(HEAD, replace(ALL, length="1 epoch"))
+    draw_plan(plan, tmp_path / "plan.svg", before=before)
+    assert max(drawn.rates(linestyle=(0, (4, 2.5)))) == 49
+    assert max(drawn.rates(color="C1")) == 29
+    text = (tmp_path / "plan.svg").read_text(encoding="utf-8")
+    assert text.count("<!-- the plan before -->") == 1
+    assert "resumed" not in text
+
+
+def test_a_plan_that_was_not_changed_has_no_dashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone a plan is drawn in full, in solid lines."""
+    drawn = Drawn(monkeypatch)
+    plan = plan_of(HEAD, ALL)
+    draw_plan(plan, tmp_path / "plan.png")
+    assert not drawn.rates(linestyle=(0, (4, 2.5)))
+    assert drawn.rates(color="C1") == {t: rate for t, rate in enumerate(plan.lr("head").tolist()) if rate}
+
+
+def test_a_run_resumed_at_its_end_or_start_can_be_drawn(tmp_path: Path) -> None:
+    """The first step, the old plan's end and groups that the old plan did not have make a picture too."""
+    before, plan = plan_of(HEAD), plan_of(HEAD, ALL)
+    for at in (0, 20, 50):
+        draw_plan(plan, tmp_path / "plan.png", before=before, at=at)
+        draw_plan(before, tmp_path / "plan.png", before=plan, at=at)
+    with Image.open(tmp_path / "plan.png") as image:
+        assert image.size == (1170, 598)

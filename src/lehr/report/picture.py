@@ -1,8 +1,11 @@
-"""A plan as a picture: the rate of every group over the steps, the stages as bands, what each trains."""
+"""A plan as a picture: the rate of every group over the steps, the stages as bands, what each trains; and,
+where a run has changed to it, the plan before.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lehr.errors import RequestError
+from lehr.plan_changes import rates_of
 from lehr.planning import Plan, PlannedStage
 from lehr.shapes import Array
 
@@ -17,11 +21,19 @@ _POINTS = 2000  # more than the picture has pixels across
 _LOWEST = 1e-5  # of the highest rate: so far down the axis goes; a cosine without a floor ends at about 0
 _LABELLED = 8  # stages that there is room to label in full
 _NO_DECAY = "/no_decay"
+_DASHED = {"color": "0.45", "linewidth": 1.1, "linestyle": (0, (4, 2.5)), "zorder": 1.8}
 _FORMATS = (".pdf", ".png", ".svg")
 
 
-def draw_plan(plan: Plan, path: str | Path) -> None:
+def draw_plan(plan: Plan, path: str | Path, *, before: Plan | None = None, at: int | None = None) -> None:
     """Write the picture of `plan` to `path`: PNG, SVG or PDF by its ending.
+
+    Args:
+        plan: what to draw.
+        path: the file to write.
+        before: the plan that a run followed until it changed to this one, drawn behind it in thin dashes.
+        at: the step at which the run went on with `plan`, 0 or more; an upright line stands there. Up to it
+            the solid lines are what was done, the rates of `before`, and those of `plan` are dashed.
 
     Raises:
         RequestError: for another ending, or a directory that is not there.
@@ -34,13 +46,16 @@ def draw_plan(plan: Plan, path: str | Path) -> None:
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _draw_rates(axes, plan)
+    _draw_rates(axes, plan, before, at or 0)
     for stage in plan.stages:
         _draw_stage(axes, plan, stage)
-    axes.set(xlabel="step", ylabel="learning rate", xlim=(0, plan.total_steps), yscale="log")
+    steps = max(plan.total_steps, before.total_steps if before else 0)
+    axes.set(xlabel="step", ylabel="learning rate", xlim=(0, steps), yscale="log")
     peak = max(rate for stage in plan.stages for rate in stage.peak_lr.values())
     axes.set_ylim(bottom=max(axes.get_ylim()[0], peak * _LOWEST))
     axes.grid(alpha=0.25)
+    if at is not None:
+        _draw_resumed(axes, at / steps, at)
     figure.suptitle(plan.model, fontsize=10, parse_math=False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
@@ -53,21 +68,54 @@ def draw_plan(plan: Plan, path: str | Path) -> None:
     aside.replace(file)
 
 
-def _draw_rates(axes: Axes, plan: Plan) -> None:
-    """A line for each curve, broken between stages, where rates jump; the first are wider, so all show."""
-    curves = _curves(plan)
-    for colour, (names, rates) in enumerate(curves):
+def _draw_rates(axes: Axes, plan: Plan, before: Plan | None, at: int) -> None:
+    """A line for each curve, broken between stages, where rates jump; the first are wider, so all show.
+
+    With a plan `before`, that one is followed up to step `at`, and `plan` from there on; the rest of both is
+    dashed, for it was never done.
+    """
+    curves = _curves(plan, before)
+    for colour, (names, rates, old) in enumerate(curves):
+        how: dict[str, Any] = {
+            "color": f"C{colour % 10}",
+            "linewidth": 1.5 + 2.5 * (1 - (colour + 1) / len(curves)),
+        }
+        for stage in before.stages if before else ():
+            _draw_line(axes, old, stage.start, min(stage.stop, at), label=None, **how)
         for stage in plan.stages:
-            steps = np.unique(np.linspace(stage.start, stage.stop - 1, _POINTS).astype(int))
-            shown = np.where(rates[steps] > 0, rates[steps], np.nan)
-            axes.plot(
-                steps,
-                shown,
-                color=f"C{colour % 10}",
-                label=names if stage.index == 0 else None,
-                linewidth=1.5 + 2.5 * (1 - (colour + 1) / len(curves)),
-                marker="." if stage.steps <= 20 else None,  # a line through a single step is nothing
-            )
+            label = names if stage.index == 0 else None
+            _draw_line(axes, rates, max(stage.start, at if before else 0), stage.stop, label=label, **how)
+    label = "planned, not followed" if at else "the plan before"
+    for _, rates, old in curves if before else ():
+        for stage in plan.stages:
+            _draw_line(axes, rates, stage.start, min(stage.stop, at), label=None, **_DASHED)
+        for stage in before.stages if before else ():
+            _draw_line(axes, old, max(stage.start, at), stage.stop, label=label, **_DASHED)
+            label = None
+
+
+def _draw_line(axes: Axes, rates: Array, start: int, stop: int, **how: Any) -> None:
+    """The rates of the half-open steps [start, stop). Where there are none, the label is told all the same."""
+    steps = np.unique(np.linspace(start, stop - 1, _POINTS).astype(int)) if start < stop else np.arange(0)
+    shown = np.where(rates[steps] > 0, rates[steps], np.nan)
+    marker = "." if 0 < len(steps) <= 20 else None  # a line through a single step is nothing
+    axes.plot(steps, shown, marker=marker, **how)
+
+
+def _draw_resumed(axes: Axes, share: float, at: int) -> None:
+    """An upright line where the run went on, with its name beside it, on the side that has more room."""
+    axes.axvline(at, color="0.25", linewidth=1, zorder=1.5)
+    right = share < 0.5
+    axes.annotate(
+        f"resumed at {at:,}",
+        (at, 0.04),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(5 if right else -5, 0),
+        textcoords="offset points",
+        ha="left" if right else "right",
+        fontsize=8,
+        color="0.25",
+    )
 
 
 def _draw_stage(axes: Axes, plan: Plan, stage: PlannedStage) -> None:
@@ -91,16 +139,19 @@ def _draw_stage(axes: Axes, plan: Plan, stage: PlannedStage) -> None:
     )
 
 
-def _curves(plan: Plan) -> list[tuple[str, Array]]:
-    """One curve for all groups that share it, under their common names.
+def _curves(plan: Plan, before: Plan | None) -> list[tuple[str, Array, Array]]:
+    """One curve for all groups that share it, under their common names, and that of the plan before.
 
     A group and the one beside it without weight decay mostly have the same rates, and then are one name.
     """
-    curves: dict[bytes, tuple[list[str], Array]] = {}
-    for group in plan.groups:
-        rates = plan.lr(group)
-        curves.setdefault(rates.tobytes(), ([], rates))[0].append(group)
-    return [(_named([n for n in names if n not in _twins(names)]), rates) for names, rates in curves.values()]
+    curves: dict[tuple[bytes, bytes], tuple[list[str], Array, Array]] = {}
+    for group, members in plan.groups.items():
+        rates, old = plan.lr(group), rates_of(before or plan, members[0])
+        curves.setdefault((rates.tobytes(), old.tobytes()), ([], rates, old))[0].append(group)
+    return [
+        (_named([n for n in names if n not in _twins(names)]), rates, old)
+        for names, rates, old in curves.values()
+    ]
 
 
 def _twins(names: list[str]) -> list[str]:

@@ -1,0 +1,315 @@
+"""Two plans side by side: what differs between them in words, and the rates of the one and the other.
+
+Pure: no torch. It says what differs, and must not know what of it is allowed (`replanning.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+
+from lehr.plan_text import listed
+from lehr.planning import Plan, PlannedStage
+from lehr.shapes import Array
+from lehr.untrusted import printable
+
+_LINES = 12  # of differences that are shown
+_OF_A_STAGE = 3  # of differences in the rates and decays of a stage
+_CURVES = 3  # whose rates are shown beside each other
+_JUMP = 1.5  # so many times the rate is told in a line of its own
+_NO_DECAY = "/no_decay"
+_FROZEN = (0.0, 0.0)
+
+
+def plan_differences(was: Plan, now: Plan) -> tuple[str, ...]:
+    """What differs between two plans and has an effect, a line each; empty where they are the same run.
+
+    The names of the model, of groups and of stages, and the order of the model's parameters have no effect: a
+    model that was merely re-ordered is no difference, though the plan's hash is another (its groups are
+    lists). Neither is another way to write the same schedule. Past a dozen lines only their number is told.
+
+    Example:
+        >>> from lehr.recipe import Recipe, Stage
+        >>> from lehr.resolving import resolve
+        >>> from lehr.selection import ModelFacts, ParameterFacts
+        >>> facts = ModelFacts("net", (ParameterFacts("fc.weight", (2, 4)),))
+        >>> one, two = (resolve(Recipe([Stage("2 epochs", train="all", lr=0.1)], seed=s), facts, samples=64) for s in (0, 1))
+        >>> plan_differences(one, two)
+        ('seed 1, was 0',)
+    """
+    lines = [*parameter_changes(was, now), *_settings(was, now), *_stages(was, now)]
+    partitions = [{frozenset(names) for names in plan.groups.values()} for plan in (was, now)]
+    if not lines and partitions[0] != partitions[1]:  # else it follows from what was said
+        lines.append(f"the groups of parameters are {grouped(now)}; they were {grouped(was)}")
+    lines, more = [printable(line) for line in lines], len(lines) - _LINES
+    return tuple(lines) if more <= 0 else (*lines[:_LINES], f"and {more} more")
+
+
+def parameter_changes(was: Plan, now: Plan) -> tuple[str, ...]:
+    """Parameters that are missing, new, or of another size, each kind in a line; the order does not count."""
+    gone = [name for name in was.parameters if name not in now.parameters]
+    new = [name for name in now.parameters if name not in was.parameters]
+    sizes = [
+        f"{name!r} has {now.parameters[name]:,} numbers, had {count:,}"
+        for name, count in was.parameters.items()
+        if now.parameters.get(name, count) != count
+    ]
+    in_groups = {name for names in was.groups.values() for name in names}
+    verb = "the run trained" if in_groups.issuperset(gone) else "the run's model has"
+    return tuple(
+        line
+        for names, line in (
+            (gone, f"the model has no {_quoted(gone)}, which {verb}"),
+            (new, f"the model has {_quoted(new)}, which the run's model has not"),
+            (sizes, listed(sizes)),
+        )
+        if names
+    )
+
+
+def grouped(plan: Plan) -> str:
+    """The groups of a plan, with the number of tensors in each."""
+    return listed([f"{group} ({len(names)})" for group, names in plan.groups.items()], most=6)
+
+
+def rates_of(plan: Plan, parameter: str) -> Array:
+    """The rate of one parameter at every step: float64, shape [total_steps]; 0.0 where it is frozen."""
+    group = next((group for group, names in plan.groups.items() if parameter in names), None)
+    return np.zeros(plan.total_steps) if group is None else plan.lr(group)
+
+
+def rates_compared(was: Plan, now: Plan, *, step: int) -> str:
+    """A table of rates from `step` on, old -> new, for the groups with the highest new rates; and a line for
+    each that the new plan makes rise there by more than half.
+
+    `-` stands where a plan has no such step. A group is known by its parameters, not by its name.
+
+    Args:
+        was: the plan that was followed so far.
+        now: the plan to follow.
+        step: updates that are done, 0 or more.
+    """
+    if step >= now.total_steps:
+        return f"Nothing is left to train: {step:,} steps are done, and the plan has {now.total_steps:,}."
+    curves = _curves(was, now, step)
+    last = now.total_steps - 1
+    ends = {was.total_steps - 1: "the old plan's last", last: "the last"}
+    steps = {step, *(step + (last - step) * k // 4 for k in (1, 2, 3)), *(t for t in ends if t >= step)}
+    rows = [("step", *(curve.name for curve in curves[:_CURVES]), "")]
+    for t in sorted(steps):
+        rates = (f"{_rate(curve.old, t):>8} -> {_rate(curve.new, t):<8}" for curve in curves[:_CURVES])
+        rows.append((f"{t:,}", *rates, ends.get(t, "")))
+    rises = [rise for curve in curves if (rise := _rise(was, now, step, curve))]
+    return "\n".join(
+        [
+            *_table(rows),
+            *_more(len(curves) - _CURVES, "lower rates are not shown"),
+            *rises[:_CURVES],
+            *_more(len(rises) - _CURVES, "rates rise there"),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """The old and the new rates that all groups in `name` have; `parameter` is one of theirs."""
+
+    name: str
+    parameter: str
+    old: Array
+    new: Array
+
+
+def _curves(was: Plan, now: Plan, step: int) -> list[_Curve]:
+    """A curve for all groups that share it and train from `step` on; the highest new rates come first."""
+    sharing: dict[tuple[bytes, bytes], list[str]] = {}
+    for group, names in now.groups.items():
+        old, new = rates_of(was, names[0]), now.lr(group)
+        if new[step:].any() or old[step:].any():
+            sharing.setdefault((old.tobytes(), new.tobytes()), []).append(group)
+    curves = []
+    for groups in sharing.values():
+        first = now.groups[groups[0]][0]
+        curves.append(
+            _Curve(printable(listed(_told(groups), 2)), first, rates_of(was, first), now.lr(groups[0]))
+        )
+    return sorted(curves, key=lambda curve: -curve.new[step:].max())
+
+
+def _rise(was: Plan, now: Plan, step: int, curve: _Curve) -> str:
+    """A line where the new plan makes the rate rise at `step`; empty where it does not, or not by much."""
+    over = step >= was.total_steps
+    at = was.total_steps - 1 if over else step
+    if not curve.old[at] or curve.new[step] <= _JUMP * curve.old[at]:
+        return ""
+    stage, before = now.stage_at(step), was.stage_at(at)
+    if over and stage.start == step:
+        why = f"stage {stage.index + 1} begins"
+    elif stage.index == before.index and _is_stretched(was, now, stage.index):
+        why = "the schedule is laid over the longer stage"
+    else:
+        why = "the new plan says so"
+    return (
+        f"The rate of {curve.name} rises at step {step:,} "
+        f"from {curve.old[at]:.1e} to {curve.new[step]:.1e}: {why}."
+    )
+
+
+def _is_stretched(was: Plan, now: Plan, index: int) -> bool:
+    before, after = was.stages[index], now.stages[index]
+    return after.steps > before.steps and _said(was, before) == _said(now, after)
+
+
+def _rate(rates: Array, t: int) -> str:
+    """A rate with three digits, 0 where nothing moves, "-" past the end."""
+    if t >= len(rates):
+        return "-"
+    return f"{rates[t]:.2e}" if rates[t] else "0"
+
+
+def _more(count: int, what: str) -> list[str]:
+    return [f"  and {count} more, whose {what}"] if count > 0 else []
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns to the right, two spaces apart; the last one to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            [*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]]
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _settings(was: Plan, now: Plan) -> Iterator[str]:
+    """What is said once for the whole run."""
+    if was.samples != now.samples:
+        yield f"{now.samples:,} training samples, were {was.samples:,}"
+    if was.optimizer.lower() != now.optimizer.lower():  # a name counts in any case
+        yield f"optimizer {now.optimizer}, was {was.optimizer}"
+    for key in dict.fromkeys((*was.optimizer_settings, *now.optimizer_settings)):
+        old, new = (
+            repr(plan.optimizer_settings[key]) if key in plan.optimizer_settings else "not set"
+            for plan in (was, now)
+        )
+        if old != new:
+            yield f"optimizer: {key} {new}, was {old}"
+    for key in ("seed", "ema", "clip_norm", "min_lr", "label_smoothing", "monitor", "patience", "augment"):
+        old, new = getattr(was, key), getattr(now, key)
+        if old != new:
+            yield f"{key} {_pair(new, old)}"
+
+
+def _word(value: object) -> str:
+    """A setting in a word: what is infinite, 0.0 or empty is not there."""
+    if isinstance(value, tuple):
+        return ", ".join(value) or "none"
+    if isinstance(value, float):
+        return "none" if value in (0.0, inf) else f"{value:g}"
+    return str(value)
+
+
+def _stages(was: Plan, now: Plan) -> Iterator[str]:
+    if len(was.stages) != len(now.stages):
+        yield f"{len(now.stages)} stage{'s' if len(now.stages) > 1 else ''}, were {len(was.stages)}"
+    for before, after in zip(was.stages, now.stages, strict=False):
+        changes = (
+            *_length(before, after),
+            *_schedule(was, now, before, after),
+            *_rates(was, now, after.index),
+        )
+        yield from (f"stage {after.index + 1}: {change}" for change in changes)
+    for stage in now.stages[len(was.stages) :]:
+        yield f"stage {stage.index + 1}: is new, {stage.label}, steps {_steps(stage)}"
+
+
+def _length(before: PlannedStage, after: PlannedStage) -> Iterator[str]:
+    if _steps(before) != _steps(after):
+        yield f"steps {_steps(after)}, were {_steps(before)}"
+    if before.steps_per_epoch != after.steps_per_epoch:
+        yield f"{after.steps_per_epoch:,} steps in an epoch, were {before.steps_per_epoch:,}"
+    for key in ("batch_size", "accumulate", "restore_best"):
+        old, new = getattr(before, key), getattr(after, key)
+        if old != new:
+            yield f"{key} {str(new).lower()}, was {str(old).lower()}"
+
+
+def _schedule(was: Plan, now: Plan, before: PlannedStage, after: PlannedStage) -> Iterator[str]:
+    """What the schedules say; the same words over other steps follow from the length."""
+    if before.schedule == after.schedule:
+        return
+    said = _said(was, before), _said(now, after)
+    if said[0] != said[1]:
+        yield f"schedule {said[1]}, was {said[0]}"
+    elif (before.steps, before.steps_per_epoch) == (after.steps, after.steps_per_epoch):
+        yield f"schedule {after.schedule}, was {before.schedule}"
+
+
+def _rates(was: Plan, now: Plan, index: int) -> list[str]:
+    """What a stage trains, at which peak and decay; parameter by parameter, for the groups may differ too."""
+    before, after = _of_parameters(was, index), _of_parameters(now, index)
+    changed: dict[str, list[str]] = {}
+    for name in now.parameters:
+        if name not in was.parameters:
+            continue
+        (rate, decay), (new_rate, new_decay) = before.get(name, _FROZEN), after.get(name, _FROZEN)
+        if bool(rate) != bool(new_rate):
+            change = "{} trained, was frozen" if new_rate else "{} frozen, was trained"
+            changed.setdefault(change, []).append(name)
+            continue
+        if rate != new_rate:
+            changed.setdefault(f"peak rate of {{}} {_pair(new_rate, rate)}", []).append(name)
+        if rate and decay != new_decay:
+            changed.setdefault(f"weight decay of {{}} {_pair(new_decay, decay)}", []).append(name)
+    lines = [change.format(_named(names, was, now)) for change, names in changed.items()]
+    more = len(lines) - _OF_A_STAGE
+    return lines if more <= 0 else [*lines[:_OF_A_STAGE], f"and {more} more of its rates and decays"]
+
+
+def _of_parameters(plan: Plan, index: int) -> dict[str, tuple[float, float]]:
+    """Peak rate and weight decay of every parameter that any stage trains, in one stage."""
+    stage = plan.stages[index]
+    return {
+        name: (stage.peak_lr[group], stage.weight_decay[group])
+        for group, names in plan.groups.items()
+        for name in names
+    }
+
+
+def _named(names: Sequence[str], was: Plan, now: Plan) -> str:
+    """Parameters by their groups, new or old, where these are whole; else by their own names."""
+    left, words = dict.fromkeys(names), list[str]()
+    for group, members in (*now.groups.items(), *was.groups.items()):
+        if left.keys() >= set(members):
+            words.append(group)
+            left = {name: None for name in left if name not in members}
+    return listed([*_told(words), *map(repr, left)])
+
+
+def _told(groups: Sequence[str]) -> list[str]:
+    """Groups without those that differ from one beside them in nothing but that they do not decay."""
+    return [group for group in groups if group.removesuffix(_NO_DECAY) not in set(groups) - {group}]
+
+
+def _said(plan: Plan, stage: PlannedStage) -> str:
+    """The schedule of a stage as it was written, where the plan knows that."""
+    return plan.said[stage.index] if stage.index < len(plan.said) else str(stage.schedule)
+
+
+def _steps(stage: PlannedStage) -> str:
+    return f"{stage.start:,} to {stage.stop:,}"
+
+
+def _pair(new: object, old: object) -> str:
+    """Both values, as short as they still differ."""
+    words = [_word(value) for value in (new, old)]
+    return "{}, was {}".format(*(words if words[0] != words[1] else map(repr, (new, old))))
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return listed([repr(name) for name in names])
