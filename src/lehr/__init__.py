@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from lehr.duration import Duration
     from lehr.errors import (
+        CheckpointError,
         DataError,
+        FeedError,
         LehrError,
         ModelError,
         NonFiniteError,
@@ -53,8 +55,8 @@ if TYPE_CHECKING:
 _HOME = {
     "lehr.duration": ("Duration",),
     "lehr.errors": (
-        "DataError", "LehrError", "ModelError", "NonFiniteError", "RecipeError", "RequestError", "RunError", "SelectionError",
-        "WeightsError",
+        "CheckpointError", "DataError", "FeedError", "LehrError", "ModelError", "NonFiniteError", "RecipeError", "RequestError",
+        "RunError", "SelectionError", "WeightsError",
     ),
     "lehr.planning": ("Plan", "Step"),
     "lehr.recipe": ("Recipe", "Stage", "load_recipe"),
@@ -70,10 +72,10 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "DataError", "Duration", "LehrError", "ModelError", "NonFiniteError", "Plan", "Recipe", "RecipeError", "RequestError", "Result",
-    "RunError", "SelectionError", "Stage", "Step", "WeightsError", "__version__", "apply", "constant", "cosine", "exponential", "fit",
-    "freeze", "hold", "inspect", "linear", "load", "load_recipe", "one_cycle", "optimizer", "plan", "polynomial", "restarts",
-    "step_decay", "thaw", "torch_scheduler", "warmup",
+    "CheckpointError", "DataError", "Duration", "FeedError", "LehrError", "ModelError", "NonFiniteError", "Plan", "Recipe",
+    "RecipeError", "RequestError", "Result", "RunError", "SelectionError", "Stage", "Step", "WeightsError", "__version__", "apply",
+    "constant", "cosine", "exponential", "fit", "freeze", "hold", "inspect", "linear", "load", "load_recipe", "one_cycle", "optimizer",
+    "plan", "polynomial", "restarts", "step_decay", "thaw", "torch_scheduler", "warmup",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """`lehr` and `python -m lehr`: runs the command line and turns what went wrong into a line and an exit code.
 
-0 done; 1 the run failed; 2 the request was wrong; 130 interrupted.
+0 done; 1 the run failed; 2 the request was wrong; 130 interrupted (143 by SIGTERM, 129 by a terminal that closed).
 """
 
 from __future__ import annotations
@@ -11,18 +11,32 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 
 import click
 
 from lehr.cli import main as cli
+from lehr.cli import silence
 from lehr.errors import LehrError, nearest
+from lehr.untrusted import printable_lines
 
 _FROM_WORKER = re.compile(r"Caught \w+ in (DataLoader|pin memory)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with `arguments` (those of the process by default) and exit."""
+    try:
+        _run(arguments)
+    finally:
+        try:
+            if sys.stderr is not None:  # None where it was closed from the start
+                sys.stderr.flush()
+        except OSError:
+            silence(sys.stderr)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what a terminal cannot show
     try:
@@ -34,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         _end("interrupted", 130)
     except BrokenPipeError:  # `lehr plan ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         sys.exit(1)
     except LehrError as error:
         _end(_plain(error), error.exit_code)
@@ -47,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _end(said: str, code: int) -> None:
-    click.echo(f"lehr: {said}", err=True)
+    """Say why, with all escaped that a terminal might act on: a message may hold names from anywhere."""
+    with suppress(OSError):  # a closed terminal
+        click.echo(f"lehr: {printable_lines(said)}", err=True)
     sys.exit(code)
 
 

@@ -9,20 +9,23 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from lehr._version import __version__
+from lehr.options import at_least, job_options, run_options, setting_option
+from lehr.untrusted import printable_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lehr.job import Job, Request
-    from lehr.journal import Observer
+    from lehr.events import Observer
+    from lehr.job import Change, Job, Request
+    from lehr.run.folder import RunFolder
 
-F = TypeVar("F", bound=Callable[..., Any])
 _KEPT = ("best.safetensors", "recipe.toml", "plan.json", "plan.png", "journal.jsonl")
 _EXAMPLES = "examples/digits"
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -44,138 +47,156 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number; click's own writes its range into the help as [x>=1]."""
-
-    def read(said: str) -> int:
-        try:
-            number = int(said)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise click.BadParameter(f"{said}; expected a whole number, {least} or more")
-        return number
-
-    return read
-
-
-def _job_options(command: F) -> F:
-    """The options of every command that begins with data, a model and a recipe."""
-    options = (
-        click.argument("data"),
-        click.option(
-            "--model",
-            metavar="NAME",
-            help="A timm model, torchvision/NAME, or digits_net.  [default: mobilenetv3_large_100]",
-        ),
-        click.option(
-            "--weights",
-            metavar="FILE",
-            help="Local .safetensors or .pth file instead of the published weights.",
-        ),
-        click.option(
-            "--no-pretrained",
-            "pretrained",
-            flag_value=False,
-            default=True,
-            help="Start from nothing instead of published weights.",
-        ),
-        click.option(
-            "--recipe",
-            metavar="FILE",
-            help="Recipe to follow (see lehr init).  [default: chosen for model and data]",
-        ),
-        click.option(
-            "--set",
-            "settings",
-            metavar="KEY=VALUE",
-            multiple=True,
-            help="Change one thing of the recipe: stages.0.lr=1e-3",
-        ),
-        click.option(
-            "--size",
-            type=_at_least(1),
-            metavar="PIXELS",
-            help="Side of the images that the model sees.  [default: the model's own]",
-        ),
-        click.option(
-            "--skip-bad", is_flag=True, help="Leave out files that cannot be read instead of refusing them."
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @main.command()
-@_job_options
+@job_options
 @click.option("--out", metavar="DIR", help="New directory for the run.  [default: runs/DATA-MODEL-N]")
-@click.option(
-    "--device", default="auto", metavar="NAME", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
-)
-@click.option(
-    "--precision",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    help="auto: bf16 on CUDA that has it, else fp32.",
-)
-@click.option(
-    "--workers",
-    type=_at_least(0),
-    metavar="N",
-    help="Processes that load images.  [default: one less than the cores, at most 8]",
-)
+@run_options(begun=False)
 @click.option(
     "--scratch/--no-scratch",
     default=None,
     help="Train the same network from scratch, too, and compare.  [default: for digits only]",
 )
-@click.option("--tensorboard", is_flag=True, help="Write for TensorBoard, too, into the run.")
-def fit(
-    out: str | None,
-    device: str,
-    precision: str,
-    workers: int | None,
-    scratch: bool | None,
-    tensorboard: bool,
-    **asked: Any,
-) -> None:
+def fit(out: str | None, scratch: bool | None, **asked: Any) -> None:
     """Fine-tune a model on DATA, in stages."""
+    from lehr import job as jobs
+    from lehr.cadence import checkpoint_settings
     from lehr.run.precision import arithmetic
 
-    arithmetic(device, precision)  # refused before the data are read
+    said = _run_said(asked)
+    arithmetic(said.get("device", "auto"), said.get("precision", "auto"))  # refused before the data are read
+    checkpoint_settings(said["checkpoint"], where="--checkpoint")
     job = _prepared(_request(asked), fetch=True)
+    with jobs.new_run(job, out) as folder:
+        _say(f"{job.model_name} on {job.request.data}: {len(job.data.classes)} classes, run in {folder.path}")
+        best = _train(job, folder, said)
+    try:
+        if scratch if scratch is not None else job.request.data == "digits":
+            _compare(job, best, said)
+    finally:  # the run is done, whatever becomes of the comparison
+        _kept(job, folder)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--extend", metavar="LENGTH", help='Train the last stage longer: "10 epochs", "400 steps".')
+@setting_option
+@click.option("--data", metavar="DATA", help="Where the data are now, if they have moved.")
+@run_options(begun=True)
+def resume(run: str, extend: str | None, data: str | None, settings: tuple[str, ...], **asked: Any) -> None:
+    """Go on with RUN from its last checkpoint: it ends as if it had not been stopped."""
     from lehr import job as jobs
+
+    said = _run_said(asked)
+    job = _with_bar(
+        lambda checked: jobs.prepare_again(run, data=data, settings=settings, extend=extend, progress=checked)
+    )
+    folder, begun = jobs.begun_run(run)
+    said = {**begun, **said, "checkpoint": {**begun["checkpoint"], **said["checkpoint"]}}
+    changed = extend is not None or bool(settings)
+    change = jobs.change(job, folder) if changed else None
+    if change:
+        _say(str(change))
+    _train(job, folder, {**said, "resume": "changed" if changed else True}, change)
+    _kept(job, folder)
+
+
+@main.command()
+@click.argument("what", metavar="RECIPE|RUN")
+@click.option(
+    "--data", metavar="DATA", help="The recipe's data, or where a run's are now.  [default: digits]"
+)
+@click.option("--model", metavar="NAME", help="The recipe's model, as in lehr fit.")
+@click.option(
+    "--weights", metavar="FILE", help="Begin with the weights in this file.  [default: random ones]"
+)
+@click.option("--size", type=at_least(1), metavar="PIXELS", help="Side of the images, as in lehr fit.")
+@click.option("--no-pretrained", "pretrained", flag_value=False, default=True, help="As in lehr fit.")
+@click.option(
+    "--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.  [default: as the run, or auto]"
+)
+@click.option("--kills", type=at_least(1), metavar="N", default=3, show_default=True, help="Runs to stop.")
+@click.option(
+    "--seed", type=at_least(0), metavar="N", default=0, show_default=True, help="Of the places to stop at."
+)
+@click.option("--keep-files", metavar="DIR", help="Keep what is written in this new directory.")
+def verify(
+    what: str, device: str | None, kills: int, seed: int, keep_files: str | None, **asked: Any
+) -> None:
+    """Prove that a stopped run ends with the same bits, on this machine.
+
+    A short version of the run is trained once whole; then it is killed at random places, gone on with, and every
+    tensor and loss that it ends with is compared.
+    """
+    from lehr import verification
+    from lehr.errors import RunError
+
+    job = _with_bar(lambda checked: verification.job_of(what, asked, progress=checked))
+    on = verification.place_of(what, device)
+    verdict = verification.verify(job, on, kills=kills, seed=seed, keep_files=keep_files, tell=_say)
+    click.echo(str(verdict))
+    if verdict.difference:
+        raise RunError("\n  ".join(["what differs first:", *verdict.difference, verdict.cause]))
+
+
+def _run_said(asked: dict[str, Any]) -> dict[str, Any]:
+    """What was said of how to train, taken out of `asked`; what was not said is left out."""
+    checkpoint = {key: asked.pop(key) for key in ("every", "keep", "keep_best")}
+    said = {key: asked.pop(key) for key in ("device", "precision", "workers", "tensorboard")}
+    return {
+        **{key: value for key, value in said.items() if value is not None},
+        "checkpoint": {key: value for key, value in checkpoint.items() if value is not None},
+    }
+
+
+def _train(job: Job, folder: RunFolder, said: dict[str, Any], change: Change | None = None) -> Any:
+    """Train into `folder`, and say how to go on where it ends early; the best epoch's row."""
+    from lehr.errors import RequestError
+    from lehr.events import Resumed
     from lehr.run.loop import fit as run_fit
 
-    with jobs.new_run(job, out) as folder:
-        observers: list[Any] = [_bar()]
-        if tensorboard:
-            from lehr.run.tensorboard import tensorboard as to_tensorboard
+    observers: list[Any] = [_bar()]
+    if said["tensorboard"]:
+        from lehr.run.tensorboard import tensorboard as to_tensorboard
 
-            observers.append(to_tensorboard(folder.path / "tensorboard"))
-        _say(f"{job.model_name} on {job.request.data}: {len(job.data.classes)} classes, run in {folder.path}")
-        on: dict[str, Any] = {"device": device, "precision": precision, "workers": _workers(job, workers)}
-        train = job.data.train(job.transform, seed=job.recipe.seed)
-        valid = job.data.valid(job.transform)
-        halves = (train, valid if len(valid) else None)
-        try:
-            result = run_fit(
-                job.made.module,
-                *halves,
-                recipe=job.recipe,
-                out=folder.path,
-                observers=observers,
-                notes=job.notes,
-                **on,
-            )
-        except BaseException:
-            if folder.weights.is_file():
-                _say(f"the best weights so far are kept: lehr predict {_quoted(folder.path)} IMAGE...")
-            raise
-    if scratch if scratch is not None else job.request.data == "digits":
-        _compare(job, result.best, halves, on)
+        observers.append(to_tensorboard(folder.path / "tensorboard"))
+    if change:  # drawn when the run has taken it up
+        observers.append(lambda event: change.draw() if isinstance(event, Resumed) else None)
+    try:
+        return run_fit(
+            job.made.module,
+            *_halves(job),
+            recipe=job.recipe,
+            out=folder.path,
+            observers=observers,
+            notes=job.notes,
+            workers=_workers(job, said.get("workers")),
+            **{key: said[key] for key in ("device", "precision", "checkpoint", "resume") if key in said},
+        ).best
+    except RequestError:  # nothing was changed: another process trains there, say
+        raise
+    except BaseException:
+        _say_what_is_left(folder)
+        raise
+
+
+def _say_what_is_left(folder: RunFolder) -> None:
+    """What can be done with a run that has ended early."""
+    from lehr.run.checkpoint import CheckpointFolder
+    from lehr.run.state import DamageError
+
+    with suppress(OSError, DamageError):  # where it cannot be read, there is nothing to say
+        if folder.weights.is_file():
+            _say(f"the best weights so far are kept: lehr predict {_quoted(folder.path)} IMAGE...")
+        if CheckpointFolder(folder.checkpoints).newest_state():
+            _say(f"to go on: lehr resume {_quoted(folder.path)}")
+
+
+def _halves(job: Job) -> tuple[Any, Any]:
+    valid = job.data.valid(job.transform)
+    return job.data.train(job.transform, seed=job.recipe.seed), valid if len(valid) else None
+
+
+def _kept(job: Job, folder: RunFolder) -> None:
     kept = (name for name in _KEPT if (folder.path / name).is_file())
     _say(f"kept in {folder.path}: {', '.join(kept)}")
     _say(f"next: lehr predict {_quoted(folder.path)} {_to_predict(job)}")
@@ -188,14 +209,16 @@ def _to_predict(job: Job) -> str:
     return _EXAMPLES if job.request.data == "digits" and Path(_EXAMPLES).is_dir() else "IMAGE..."
 
 
-def _compare(job: Job, best: Any, halves: tuple[Any, Any], on: dict[str, Any]) -> None:
+def _compare(job: Job, best: Any, said: dict[str, Any]) -> None:
     """Train the same network from scratch for as many updates, and say by how much fine-tuning beats it."""
     from lehr.job import from_scratch
     from lehr.run.loop import fit as run_fit
 
     _say(f"the same network from scratch, as many updates ({job.plan.total_steps:,}):")
     made, recipe = from_scratch(job)
-    other = run_fit(made.module, *halves, recipe=recipe, observers=[_bar()], **on).best
+    on = {key: said[key] for key in ("device", "precision") if key in said}
+    workers = _workers(job, said.get("workers"))
+    other = run_fit(made.module, *_halves(job), recipe=recipe, observers=[_bar()], workers=workers, **on).best
     monitor = job.recipe.monitor if job.recipe.monitor in best else "train_loss"
     _say(_difference(monitor, best[monitor], other[monitor]))
 
@@ -219,7 +242,7 @@ def _difference(metric: str, tuned: float, scratch: float) -> str:
 
 
 @main.command()
-@_job_options
+@job_options
 @click.option("--json", "as_json", is_flag=True, help="Print plan.json instead of the page.")
 @click.option("--png", metavar="FILE", help="Draw the learning rates, too.")
 def plan(as_json: bool, png: str | None, **asked: Any) -> None:
@@ -241,7 +264,7 @@ def plan(as_json: bool, png: str | None, **asked: Any) -> None:
 
 
 @main.command()
-@_job_options
+@job_options
 @click.option(
     "--out", metavar="FILE", default="recipe.toml", show_default=True, help="Where to write the recipe."
 )
@@ -273,7 +296,7 @@ def init(out: str, **asked: Any) -> None:
 @click.argument("paths", nargs=-1, required=True)
 @click.option(
     "--top",
-    type=_at_least(1),
+    type=at_least(1),
     metavar="N",
     default=3,
     show_default=True,
@@ -303,7 +326,7 @@ def predict(run: str, paths: tuple[str, ...], top: int, as_csv: bool, as_json: b
 
 def _bar() -> Observer:
     """The bar, silent on why a run failed: that is said once, in the last line."""
-    from lehr.journal import RunFailed
+    from lehr.events import RunFailed
     from lehr.progress import progress
 
     draw = progress()
@@ -317,10 +340,15 @@ def _request(asked: dict[str, Any]) -> Request:
 
 
 def _prepared(request: Request, *, fetch: bool) -> Job:
-    """The job, with a bar while many files are checked."""
+    """The job of a request."""
     from lehr.job import prepare
 
-    quiet = not sys.stderr.isatty()
+    return _with_bar(lambda checked: prepare(request, fetch=fetch, progress=checked, tell=_say))
+
+
+def _with_bar(work: Callable[[Callable[[int, int], None]], Job]) -> Job:
+    """What `work` makes, with a bar while many files are checked."""
+    quiet = sys.stderr is None or not sys.stderr.isatty()  # None where it was closed from the start
     bar: Any = None
 
     def checked(done: int, total: int) -> None:
@@ -334,7 +362,7 @@ def _prepared(request: Request, *, fetch: bool) -> Job:
         bar.update(done - bar.n)
 
     try:
-        return prepare(request, fetch=fetch, progress=checked, tell=_say)
+        return work(checked)
     finally:
         if bar is not None:
             bar.close()
@@ -371,5 +399,17 @@ def _quoted(path: Path) -> str:
 
 
 def _say(line: str) -> None:
-    """A line for the person; standard output is for what was asked for."""
-    click.echo(line, err=True)
+    """A line for the person; standard output is for what was asked for. One whose terminal has closed is not
+    told, and nothing else changes.
+    """
+    try:
+        click.echo(printable_lines(line), err=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Send what a stream still holds, and all that comes, nowhere: its reader has gone, and others who write to it,
+    click, and Python at its exit, would fail over that.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

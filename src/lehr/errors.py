@@ -8,9 +8,11 @@ LehrError                      anything lehr says no to
 │   │   └── SelectionError     a pattern that matches nothing, two rates for one parameter
 │   ├── DataError              images, arrays or classes that cannot be trained on
 │   ├── WeightsError           a weights file that does not fit the model
-│   └── ModelError             a model that cannot be made or understood
+│   ├── ModelError             a model that cannot be made or understood
+│   └── CheckpointError        a run that cannot be gone on with: nothing to go on from, or another plan
 └── RunError                   the run failed after it had begun; the command line exits with 1
-    └── NonFiniteError         the loss or the gradients became NaN or infinite
+    ├── NonFiniteError         the loss or the gradients became NaN or infinite
+    └── FeedError              a sample could not be had, or a process that loads samples died
 
 Every message says what was found and where, what was expected, the nearest right thing where there is one,
 and how to mend it.
@@ -19,6 +21,7 @@ and how to mend it.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -62,12 +65,40 @@ class ModelError(RequestError):
     """A model that cannot be made, or about which something is missing."""
 
 
+class CheckpointError(RequestError):
+    """A run that cannot be gone on with: there is no good checkpoint, or it is of another plan, model or data."""
+
+
 class RunError(LehrError):
     """The run failed after it had begun."""
 
 
 class NonFiniteError(RunError):
     """The loss or the gradients became NaN or infinite and stayed so."""
+
+
+class FeedError(RunError):
+    """A sample could not be had between two steps, or a process that loads samples died."""
+
+
+_FROM_WORKER = re.compile(r"Caught \w+ in (DataLoader|pin memory)")
+
+
+def is_from_worker(error: BaseException) -> bool:
+    """Whether an error was raised in a worker process, and sent here by torch."""
+    return bool(_FROM_WORKER.match(str(error).strip()))
+
+
+def plain_words(error: BaseException) -> str:
+    """The message of an error; of one in a worker process, which torch sends with its traceback, the last line.
+
+    >>> plain_words(RuntimeError("Caught OSError in DataLoader worker process 0.\\nTraceback ...\\nOSError: gone"))
+    'gone'
+    """
+    said = str(error).strip()
+    if is_from_worker(error):
+        said = re.sub(r"^[\w.]+(Error|Exception): ", "", said.splitlines()[-1])
+    return said or type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:

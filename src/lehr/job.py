@@ -6,34 +6,46 @@ It prints nothing, and must not know how a command was written.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lehr.data import Data, Transform, open_data
+from lehr.data import Data, Listing, Transform, open_data, reopened
 from lehr.defaults import default_augment, default_recipe
-from lehr.errors import RecipeError, RequestError, RunError, nearest
+from lehr.errors import CheckpointError, RecipeError, RequestError, RunError, nearest
+from lehr.plan_changes import plan_differences, rates_compared
 from lehr.planning import Plan
 from lehr.recipe import Recipe, Stage, load_recipe, overridden, recipe_from
+from lehr.replanning import check_continuation, extended
 from lehr.report.picture import draw_plan
 from lehr.resolving import resolve
+from lehr.run.checkpoint import CheckpointFolder
 from lehr.run.facts import inspect
 from lehr.run.folder import RunFolder
 from lehr.run.models import DIGITS_NET, Made, check_fit, check_name, make_model
 from lehr.run.optimizer import optimizer
-from lehr.run.reload import CARD, Card
+from lehr.run.reload import CARD, Card, read_card
+from lehr.run.resuming import has_begun, nothing_good
+from lehr.run.state import DamageError
 from lehr.selection import ModelFacts
+from lehr.untrusted import read_bytes
 
 DEFAULT_MODEL = "mobilenetv3_large_100"
 _MEASURED = ("train_loss", "valid_accuracy", "valid_loss")
 _LISTING, _PICTURE = "data.json", "plan.png"
+_LARGEST_LISTING = 2**30
+_BACK = "put it back from a copy, or begin a new run"
 _UNFETCHED = "weights: published, fetched by lehr fit"
-_OURS = (CARD, _LISTING, _PICTURE, "recipe.toml", "plan.json", "environment.json", "tensorboard")
+_OURS = (
+    CARD, _LISTING, _PICTURE, "journal.jsonl", "recipe.toml", "plan.json", "environment.json", "checkpoints", ".lock", "tensorboard",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,129 @@ def prepare(
     return Job(request, name, data, made, facts, recipe, transform, plan)
 
 
+@dataclass(frozen=True)
+class Change:
+    """A plan that replaces another after `step` updates of a run."""
+
+    was: Plan
+    now: Plan
+    step: int
+    picture: Path
+
+    def __str__(self) -> str:
+        lines = [f"changed: {line}" for line in plan_differences(self.was, self.now)]
+        return "\n".join([*lines, rates_compared(self.was, self.now, step=self.step)])
+
+    def draw(self) -> None:
+        """Draw the run's picture anew, with the old curve behind the new one."""
+        draw_plan(self.now, self.picture, before=self.was, at=self.step)
+
+
+def prepare_again(
+    run: str,
+    *,
+    data: str | None = None,
+    settings: Sequence[str] = (),
+    extend: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Job:
+    """The job of a run that is there, from what it left: the same data and model, its recipe.
+
+    The model has no weights yet: those are in the run's checkpoint.
+
+    Args:
+        run: the run's directory.
+        data: where the data are now, if they have moved.
+        settings: as of `--set`, laid over the run's recipe.
+        extend: by how much the last stage is to be longer.
+        progress: called with (files done, files in all) while a folder is looked at.
+
+    Raises:
+        RequestError: (or one of its kinds) where it is no run of the command line, or something is not as it
+            was.
+    """
+    folder = Path(run).expanduser()
+    card, listing = read_card(folder), folder / _LISTING
+    if card is None or not listing.is_file():
+        raise CheckpointError(f"{run}: {_no_run(folder)}")
+    was = _read_listing(listing)
+    if not (folder / "recipe.toml").exists():
+        raise CheckpointError(f"{run}: recipe.toml is missing; {_BACK}")
+    recipe = load_recipe(folder / "recipe.toml", settings=settings)
+    recipe = recipe if extend is None else extended(recipe, extend)
+    again = reopened(was, data, progress=progress)
+    torch.manual_seed(recipe.seed)
+    made = make_model(card.model, len(card.classes), pretrained=False, channels=card.transform.channels)
+    transform = replace(card.transform, augment=tuple(recipe.augment or ()))
+    made = replace(made, transform=transform, notes=())
+    facts = replace(inspect(made.module), name=card.model)
+    _check_monitor(recipe, again)
+    plan = resolve(recipe, facts, samples=len(was.train))
+    request = Request(was.source if data is None else data, model=card.model, settings=tuple(settings))
+    return Job(request, card.model, again, made, facts, recipe, transform, plan)
+
+
+def begun_run(run: str) -> tuple[RunFolder, dict[str, Any]]:
+    """The directory of a run, and how it was trained: device, precision, and how often it was saved.
+
+    Raises:
+        CheckpointError: where it has no checkpoint.
+    """
+    folder = RunFolder(Path(run).expanduser())
+    try:
+        state = CheckpointFolder(folder.checkpoints).newest_state()
+    except DamageError as why:
+        raise CheckpointError(f"{run}: {nothing_good(why)}") from None
+    if state is None:
+        raise CheckpointError(
+            f"{run}: holds no checkpoint to go on from; it was stopped before its first step, so begin it anew"
+        )
+    made = state.made
+    return folder, {
+        "device": made.device,
+        "precision": made.precision,
+        "checkpoint": asdict(state.settings),
+    }
+
+
+def change(job: Job, folder: RunFolder) -> Change | None:
+    """What the changed plan of a run does to its rates, from where the run is; None where the plan is the same.
+
+    Raises:
+        RecipeError: where the run cannot go on with the plan, or its own cannot be read.
+    """
+    state = CheckpointFolder(folder.checkpoints).newest_state()
+    was = Plan.load(folder.path / "plan.json")
+    if state is None or was.hash == job.plan.hash:
+        return None
+    at = state.at
+    check_continuation(was, job.plan, stage=at.stage, epoch=at.epoch, step=at.step)
+    return Change(was, job.plan, at.step, folder.path / _PICTURE)
+
+
+def _no_run(folder: Path) -> str:
+    """Why there is nothing that the command line can go on with."""
+    there = [name for name in (CARD, _LISTING) if (folder / name).is_file()]
+    if there:
+        return f"{_LISTING if there == [CARD] else CARD} is missing; {_BACK}"
+    if RunFolder(folder).journal.is_file():
+        return (
+            "a run of your own model or data, which lehr cannot make; call lehr.fit again as you did, with "
+            'resume="auto"'
+        )
+    if folder.is_dir():
+        return "not a run directory; expected one that lehr fit made"
+    runs = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    return f"no such directory{nearest(folder.name, runs)}"
+
+
+def _read_listing(path: Path) -> Listing:
+    try:
+        return Listing.from_json(json.loads(read_bytes(path, most=_LARGEST_LISTING)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}; {_BACK}") from None
+
+
 def _chosen(request: Request, facts: ModelFacts, data: Data, transform: Transform, seed: int) -> Recipe:
     """The default recipe, with the request's settings laid over it."""
     chosen = default_recipe(
@@ -201,9 +336,12 @@ def new_run(job: Job, out: str | None) -> Iterator[RunFolder]:
         draw_plan(job.plan, folder.path / _PICTURE)
         yield folder
     except BaseException as error:
-        begun = folder.journal.exists()
+        begun = has_begun(folder)
         if not begun:
-            _discard(folder.path, ours)
+            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
+                error.filename = str(folder.path)
+            with suppress(OSError):  # what cannot be removed stays; why it ended is what matters
+                _discard(folder.path, ours)
         elif isinstance(error, RequestError):
             raise RunError(str(error)) from error
         raise

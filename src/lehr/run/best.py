@@ -6,7 +6,7 @@ It must not know how they were trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,31 +15,58 @@ from torch import nn
 from lehr.errors import RunError, nearest
 from lehr.run.ema import Ema
 from lehr.run.facts import unwrap
-from lehr.run.folder import RunFolder
+from lehr.run.state import BestSoFar, Kept
 from lehr.run.validation import Metrics, higher_is_better
 
-State = dict[str, torch.Tensor]
+Weights = Mapping[str, torch.Tensor]
+Keep = Callable[[int, Weights, bool], None]
+"""Told of weights to keep: the epoch, the weights (which do not change any more), whether they are the run's best."""
 
 
 @dataclass(frozen=True)
-class _Kept:
-    epoch: int
-    value: float
-    state: State
+class _Held:
+    kept: Kept
+    weights: Weights
 
 
 class Best:
-    """Keeps the best weights of the stage and of the run by `monitor`, in memory and in the run's directory.
+    """Keeps the best weights of the stage and of the run by `monitor` in memory, and has the `most` best of the
+    run kept elsewhere, too.
 
     An empty `monitor` keeps none: the last weights are the run's. A tie keeps the earlier epoch.
     """
 
-    def __init__(self, monitor: str, metrics: Metrics | None, folder: RunFolder | None) -> None:
-        self._monitor, self._folder = monitor, folder
+    def __init__(self, monitor: str, metrics: Metrics | None, *, most: int = 1) -> None:
+        self._monitor, self._most = monitor, most
+        self.keep: Keep | None = None
         self._sign = 1.0 if monitor and higher_is_better(monitor, metrics) else -1.0
-        self._run: _Kept | None = None
-        self._stage: _Kept | None = None
+        self._run: _Held | None = None
+        self._stage: _Held | None = None
+        self._ranked: tuple[Kept, ...] = ()
         self._waiting_since = -1
+
+    @property
+    def so_far(self) -> BestSoFar:
+        """What is known of the best epochs, without their weights."""
+        run, stage = (held.kept if held else None for held in (self._run, self._stage))
+        return BestSoFar(run, stage, self._ranked, self._waiting_since)
+
+    @property
+    def held(self) -> dict[int, Weights]:
+        """The weights of the best epoch of the run and of the stage, by epoch; they do not change any more."""
+        return {held.kept.epoch: held.weights for held in (self._run, self._stage) if held}
+
+    @property
+    def epoch(self) -> int | None:
+        """The best epoch of the run."""
+        return self._run.kept.epoch if self._run else None
+
+    def resume(self, so_far: BestSoFar, weights: Mapping[int, Weights]) -> None:
+        """Go on from what was known; `weights` has those of the run's and the stage's best epoch."""
+        self._run, self._stage = (
+            _Held(kept, weights[kept.epoch]) if kept else None for kept in (so_far.run, so_far.stage)
+        )
+        self._ranked, self._waiting_since = so_far.ranked[: self._most], so_far.waiting_since
 
     def begin_stage(self, first_epoch: int) -> None:
         """Forget the last stage's best; patience counts anew."""
@@ -61,16 +88,18 @@ class Best:
             )
         measured = row[self._monitor]
         value = -math.inf if math.isnan(measured) else self._sign * measured  # nothing compares with NaN
-        of_stage = self._stage is None or value > self._stage.value
-        of_run = self._run is None or value > self._run.value
-        if of_stage or of_run:
-            kept = _Kept(epoch, value, _copied(unwrap(model)))
-            self._stage = kept if of_stage else self._stage
-            if of_run:
-                self._run = kept
-                self._waiting_since = epoch
-                if self._folder:
-                    self._folder.save_weights(kept.state)
+        of_stage = self._stage is None or value > self._stage.kept.value
+        of_run = self._run is None or value > self._run.kept.value
+        ranked = sorted((*self._ranked, Kept(epoch, value)), key=lambda k: (-k.value, k.epoch))[: self._most]
+        few = ranked != list(self._ranked)
+        if of_stage or of_run or few:
+            held = _Held(Kept(epoch, value), _copied(unwrap(model)))
+            self._stage = held if of_stage else self._stage
+            self._run = held if of_run else self._run
+            self._waiting_since = epoch if of_run else self._waiting_since
+            self._ranked = tuple(ranked)
+            if self.keep:
+                self.keep(epoch, held.weights, of_run)
         return of_run
 
     def epochs_since(self, epoch: int) -> int:
@@ -84,23 +113,24 @@ class Best:
             The epoch that they come from; None where that is `epoch`, the one that was just trained, or
             nothing was kept.
         """
-        kept = self._run if of_run else self._stage
-        if kept is None:
+        held = self._run if of_run else self._stage
+        if held is None:
             return None
-        unwrap(model).load_state_dict(kept.state)
+        unwrap(model).load_state_dict(held.weights)
         if average:
-            average.model.load_state_dict(kept.state)
-        return kept.epoch if kept.epoch != epoch else None
+            average.model.load_state_dict(held.weights)
+        return held.kept.epoch if held.kept.epoch != epoch else None
 
-    def finish(self, model: nn.Module) -> None:
-        """Where no best was kept, the last weights are the run's."""
-        if self._run is None and self._folder:
-            self._folder.save_weights(_copied(unwrap(model)))
+    def weights(self, model: nn.Module) -> Weights:
+        """The weights that the run leaves: its best, or the last ones where no best was kept."""
+        return _copied(unwrap(model)) if self._run is None else self._run.weights
 
     def row(self, history: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
         """The best epoch's row of `history`, or the last one."""
-        return next((row for row in history if self._run and row["epoch"] == self._run.epoch), history[-1])
+        return next(
+            (row for row in history if self._run and row["epoch"] == self._run.kept.epoch), history[-1]
+        )
 
 
-def _copied(model: nn.Module) -> State:
+def _copied(model: nn.Module) -> Weights:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}

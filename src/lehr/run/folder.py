@@ -2,14 +2,16 @@
 
 Nothing in it is a pickle; every file is written aside and renamed into place.
 
-recipe.toml  plan.json  environment.json  journal.jsonl  best.safetensors
+recipe.toml  plan.json  environment.json  journal.jsonl  checkpoints/  best.safetensors
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,17 +19,26 @@ from typing import Any
 
 import torch
 
+from lehr import plan_json
 from lehr._version import __version__
-from lehr.errors import RequestError
+from lehr.errors import RecipeError, RequestError, RunError
 from lehr.planning import Plan
 from lehr.recipe import Recipe
+from lehr.run.files import write_text
+from lehr.run.lock import locked
 from lehr.run.precision import Arithmetic
-from lehr.run.weights import write_weights
 
 _NAMED_VERSIONS = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "safetensors")
 
 
-_WRITTEN = ("journal.jsonl", "recipe.toml", "plan.json", "environment.json", "best.safetensors")
+_WRITTEN = (
+    "journal.jsonl",
+    "recipe.toml",
+    "plan.json",
+    "environment.json",
+    "checkpoints",
+    "best.safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -37,19 +48,19 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: str | Path) -> RunFolder:
-        """A directory for a new run; it may exist, but hold nothing that a run writes.
+    def create(cls, path: str | Path, *, resume: bool = False) -> RunFolder:
+        """A directory for a new run; it may exist, but hold nothing that a run writes, unless with `resume`.
 
         Raises:
             RequestError: where it holds one, or cannot be made.
         """
         folder = Path(path)
         there = [name for name in _WRITTEN if (folder / name).exists()]
-        if there:
+        if there and not resume:
             what = "a run" if "journal.jsonl" in there else ", ".join(there)
             raise RequestError(
-                f"{folder}: holds {what} already, and nothing is overwritten; "
-                "choose another directory, or remove it"
+                f"{folder}: holds {what} already, and nothing is overwritten; go on with it "
+                f'(lehr resume {folder}; in Python resume="auto"), choose another directory, or remove it'
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,15 +80,32 @@ class RunFolder:
         """The best weights, or the last ones where nothing said which were best."""
         return self.path / "best.safetensors"
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints, and of the weights of the best epochs."""
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """The file that a process holds a lock on while it trains here."""
+        return self.path / ".lock"
+
     def describe(self, recipe: Recipe, plan: Plan, on: Arithmetic) -> None:
         """Write what is known before the first batch: recipe, plan, environment."""
-        self.write_text("recipe.toml", recipe.to_toml())
-        plan.save(self.path / "plan.json")
+        self.write_plan(recipe, plan)
         self.write_json("environment.json", environment(on))
 
-    def save_weights(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Write the weights to keep."""
-        write_weights(state, self.weights)
+    def write_plan(self, recipe: Recipe, plan: Plan) -> None:
+        """Write the recipe and the plan that is made of it."""
+        self.write_text("recipe.toml", recipe.to_toml())
+        self.write_text("plan.json", plan_json.dumps(plan.to_dict()))
+
+    def has_plan(self, plan: Plan) -> bool:
+        """Whether the plan that is written down is `plan`."""
+        try:
+            return Plan.load(self.path / "plan.json").hash == plan.hash
+        except RecipeError:
+            return False
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write `value` as JSON, readable; in ASCII where it holds a file name that is no Unicode text."""
@@ -86,14 +114,31 @@ class RunFolder:
         self.write_text(name, (text if plain else json.dumps(value, indent=1)) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file, all of it or nothing."""
-        aside = self.path / f".{name}.part"
+        """Write a text file, all of it or nothing.
+
+        Raises:
+            RequestError: where it may not be written.
+            RunError: where it cannot be written.
+        """
         try:
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(self.path / name)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+            write_text(self.path / name, text)
+        except OSError as error:
+            said = f"{self.path / name}: cannot be written: {error.strerror or error}; "
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise RequestError(f"{said}choose another directory") from None
+            raise RunError(f"{said}free some space, or choose another directory") from None
+
+
+@contextmanager
+def opened(path: str | Path, *, resume: bool) -> Iterator[RunFolder]:
+    """The directory of a new run, or with `resume` of one that may be there; no other process trains in it.
+
+    Raises:
+        RequestError: where it holds a run and `resume` is not wanted, is locked, or cannot be made.
+    """
+    folder = RunFolder.create(path, resume=resume)
+    with locked(folder.lock):
+        yield folder
 
 
 def environment(on: Arithmetic) -> dict[str, Any]:

@@ -127,6 +127,11 @@ def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
         _settle(model, frozenset(names))
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the module itself is frozen as a whole: held in eval mode, its buffers unchanged."""
+    return _pin_of(module) is not None
+
+
 class _Pinned:
     """Stands in for `module.train` while `module` is frozen: whatever mode is asked for, it stays in eval.
 

@@ -6,36 +6,55 @@ examples/own_loop.py is the same loop by hand.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lehr._version import __version__
-from lehr.data.datasets import ImageSamples
-from lehr.errors import NonFiniteError, RecipeError, RequestError, nearest
-from lehr.journal import EpochEnded, Note, Observer, RunEnded, RunStarted, StageEnded, StageStarted
-from lehr.planning import Plan, PlannedStage
+from lehr.cadence import Cadence, checkpoint_settings
+from lehr.data.purity import seed_all, seed_of
+from lehr.errors import FeedError, LehrError, NonFiniteError, RunError
+from lehr.events import (
+    Event,
+    FreezeAudited,
+    Note,
+    Observer,
+    Resumed,
+    StageEnded,
+)
+from lehr.journal import Journal
 from lehr.recipe import Recipe
 from lehr.resolving import resolve
 from lehr.run.best import Best
 from lehr.run.ema import Ema
 from lehr.run.facts import inspect, unwrap
-from lehr.run.folder import RunFolder
+from lehr.run.files import write_tensors
+from lehr.run.folder import RunFolder, opened
+from lehr.run.happenings import epoch_ended, run_ended, run_started, stage_started
 from lehr.run.optimizer import apply, optimizer
-from lehr.run.precision import Arithmetic, arithmetic, channels_last_pays
-from lehr.run.sampler import Feed, feed, samples_in
+from lehr.run.precision import arithmetic, channels_last_pays
+from lehr.run.refusals import check, check_unused
+from lehr.run.resuming import Resume, Resumption, check_resume, resumption
+from lehr.run.sampler import died, feed, samples_in
+from lehr.run.saver import Saver
+from lehr.run.stopping import Stop, Stopped, stopping
+from lehr.run.training import Terms, Training
 from lehr.run.update import Loss, Update, cross_entropy
 from lehr.run.validation import Metrics, validate
-from lehr.run.watch import EpochWatch, non_finite, telling, trained
+from lehr.run.watch import EpochWatch, Tell, non_finite, telling
 
 _CHANNELS_LAST = "convolution weights are laid out channels-last, which is faster for this model here"
 _VALIDATED = 32
 """Samples in a batch of validation, or the stage's batch size where that is larger: a tiny one only costs time."""
+
+
+Judge = Callable[..., dict[str, float]]  # `validate` with its data, loss and metrics
 
 
 @dataclass(frozen=True)
@@ -68,12 +87,14 @@ def fit(
     workers: int = 0,
     head: str | Sequence[str] | None = None,
     notes: Sequence[str] = (),
+    resume: Resume = False,
+    checkpoint: str | Mapping[str, object] = "10 minutes",
 ) -> Result:
     """Train `model` in place as `recipe` says, stage by stage, and return what came of it.
 
     Afterwards the model has the weights of the last step, or the best ones where the last stage has
-    `restore_best`; what the last stage froze stays frozen (`lehr.thaw` frees it). torch's global random state
-    is seeded with the recipe's seed.
+    `restore_best`; what the last stage froze stays frozen (`lehr.thaw` frees it). The global random states of
+    torch, `random` and numpy are seeded with the recipe's seed.
 
     Args:
         model: any `nn.Module`; a compiled one, too.
@@ -84,19 +105,32 @@ def fit(
             `loss` (and `outputs` and `targets` for metrics). By default batches are `(inputs, targets)` and
             the loss is cross-entropy.
         metrics: torchmetrics by name, for validation; accuracy by default, where there are classes.
-        out: a new directory for the run: recipe, plan, journal, best weights. None writes nothing.
+        out: a new directory for the run: recipe, plan, journal, checkpoints, best weights. None writes nothing.
         device: `"auto"` (CUDA, else MPS, else CPU), or a device.
         precision: `"auto"` (bf16 on CUDA that has it, else fp32), `"fp32"`, `"bf16"` or `"fp16"`.
-        observers: called with each event of `lehr.journal`; `lehr.progress.progress()` draws a bar.
+        observers: called with each event of `lehr.events`; `lehr.progress.progress()` draws a bar.
         workers: processes that load samples, for data sets; the results do not depend on it. Tensors in memory
             need none, and a `DataLoader` has its own.
         head: module paths of the classifier, where lehr does not find it.
         notes: what else should stand in the journal, and be shown, when the run begins.
+        resume: True goes on with the run in `out` from its last good checkpoint, and ends with the same bits
+            as if it had not been stopped (docs/resume.md says when); `"auto"` begins it where there is none yet;
+            `"changed"` goes on although the recipe has changed, where that can be. A run that has ended is not
+            trained again: its model and result come back.
+        checkpoint: how often the run is saved: `"10 minutes"`, `"500 steps"`, `"1 epoch"`; or a table with
+            `every`, `keep` (checkpoints, 2) and `keep_best` (weights of the best epochs, 1). Besides, it is
+            saved at its start, at each stage's end, and when it is stopped.
 
     Raises:
         RequestError: (or one of its kinds) for what cannot be done; nothing was started.
+        CheckpointError: where there is nothing to go on from, or it is of another plan, model or data; it says
+            what differs.
         NonFiniteError: where the loss or the weights became NaN or infinite; the best weights so far are in
             `out`, where a metric said which were best.
+        FeedError: where a sample could not be had; the run is saved as of its last whole step.
+        RunError: for other failures; also at the end, where the result could not be written to `out`.
+        KeyboardInterrupt, SystemExit: after Ctrl-C, or SIGTERM or a terminal that closes, when the step under way
+            is done and the run is saved; a second Ctrl-C leaves at once.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -106,169 +140,197 @@ def fit(
         >>> len(result.history)
         2
     """
-    on = arithmetic(device, precision)
+    on, cadence = arithmetic(device, precision), checkpoint_settings(checkpoint)
+    check_resume(resume, out)
     pin = on.device.type == "cuda"
     training = feed(train, seed=recipe.seed, workers=workers, pin=pin)
     validation = (
         None if valid is None else feed(valid, seed=recipe.seed, workers=workers, pin=pin, what="valid")
     )
     plan = resolve(recipe, inspect(model, head=head), samples=training.samples, batches=training.batches)
-    _check(plan, training, validation, metrics)
-    _check_unused(recipe, training, loss)
-
-    torch.manual_seed(plan.seed)
+    check(plan, training, validation, metrics)
+    check_unused(recipe, training, loss)
     model.to(on.device)
-    channels_last = channels_last_pays(model, on)
-    if channels_last:
+    if channels_last_pays(model, on):
         model.to(memory_format=torch.channels_last)
+        notes = (*notes, _CHANNELS_LAST)
     torch_optimizer = optimizer(plan, model)
-    update = Update(model, torch_optimizer, loss or cross_entropy(plan.label_smoothing), plan=plan, on=on)
-    average = Ema(model, plan.ema) if plan.ema else None
-    judged = average.model if average else model
-    folder = None if out is None else RunFolder.create(out)
-    if folder:
-        folder.describe(recipe, plan, on)
-    best = Best(plan.monitor if validation or plan.monitor == "train_loss" else "", metrics, folder)
-    history: list[Mapping[str, float]] = []
+    monitor = plan.monitor if validation or plan.monitor == "train_loss" else ""
+    run = Training(
+        plan=plan, model=model, optimizer=torch_optimizer, loss=loss, feed=training, on=on,
+        update=Update(model, torch_optimizer, loss or cross_entropy(plan.label_smoothing), plan=plan, on=on),
+        average=Ema(model, plan.ema) if plan.ema else None, best=Best(monitor, metrics, most=cadence.keep_best),
+    )  # fmt: skip
+    judge = (
+        None if validation is None else partial(validate, feed=validation, loss=loss, metrics=metrics, on=on)
+    )
+    with nullcontext() if out is None else opened(out, resume=bool(resume)) as folder:
+        run.terms = Terms.of(training, validation, cadence) if folder else None
+        resumed = (
+            resumption(folder, plan, run.terms, on, how=resume) if folder and run.terms and resume else None
+        )
+        seed_all(seed_of(plan.seed))  # spread over the 64 bits of which numpy takes the upper half
+        torch.manual_seed(plan.seed)
+        if resumed:
+            run.put(resumed.found.snapshot)
+        if resumed and resumed.ended:  # the same result once more: nothing is trained or written
+            for observer in observers:
+                observer(Note("this run has ended already, and nothing is trained again"))
+            _trained(run, judge, lambda _: None, None, Stop())
+        else:
+            first: list[Event] = [run_started(plan, training, validation, on)]
+            first += [Note(note) for note in (resumed.notes if resumed else (*notes, *plan.notes))]
+            _recorded(
+                run, judge, folder, observers, recipe=recipe, cadence=cadence, resumed=resumed, first=first
+            )
+    return Result(model, tuple(run.history), run.best.row(run.history), Path(out) if out else None)
+
+
+def _recorded(
+    run: Training,
+    judge: Judge | None,
+    folder: RunFolder | None,
+    observers: Sequence[Observer],
+    *,
+    recipe: Recipe,
+    cadence: Cadence,
+    resumed: Resumption | None,
+    first: Sequence[Event],
+) -> None:
+    """The run, told and saved; and left in good order, however it ends."""
+    journal = Journal(folder.journal, append=folder.journal.exists()) if folder else None
+    with telling(journal, observers, run.step, run.stage) as tell, stopping(saved=bool(folder)) as stop:
+        saver = Saver(folder, cadence, partial(run.take, journal), tell) if folder and journal else None
+        if resumed or (journal and journal.records):  # what was told and not saved does not count
+            tell(Resumed(run.step, run.stage, run.epoch, resumed.records if resumed else 0))
+        for event in first:
+            tell(event)
+        if saver and folder:
+            _begin(run, folder, recipe, saver, resumed)
+        try:
+            reason = _trained(run, judge, tell, saver, stop)
+        except (Stopped, FeedError) as why:
+            if saver:
+                _save_as_it_is(run, saver, tell)
+            if isinstance(why, Stopped) or stop.signal:
+                raise stop.leave() from None
+            raise
+        except Exception as error:
+            if saver:
+                saver.wait()  # for the best weights so far
+            if said := died(error):
+                raise RunError(f"step {run.step}: {said}") from error
+            raise
+        if saver:
+            saver.finish(run.step, run.best.weights(run.model), run.best.epoch)
+        tell(run_ended(run.history, run.best.row(run.history), reason, run.seconds))
+    problem = (saver.problem if saver else "") or (journal.problem if journal else "")
+    if problem:
+        where = folder.path if folder else ""
+        raise RunError(
+            f"{where}: the run is done, but this directory is not whole: {problem}; {_elsewhere(run)}"
+        )
+
+
+def _trained(run: Training, judge: Judge | None, tell: Tell, saver: Saver | None, stop: Stop) -> str:
+    """The loop itself, from where `run` is to the plan's end; why its last stage ended."""
+    plan, model, best = run.plan, run.model, run.best
+    judged = run.average.model if run.average else model
     last = plan.stages[-1]
-    began = time.monotonic()
-
-    with telling(folder, observers) as tell:
-        tell(_run_started(plan, training, validation, on))
-        for note in (*notes, *plan.notes, *([_CHANNELS_LAST] if channels_last else [])):
-            tell(Note(note))
-        for stage in plan.stages:
-            tell(_stage_started(plan, stage))
-            best.begin_stage(stage.first_epoch)
-            for epoch, start, stop in stage.epoch_ranges():
-                model.train()
-                with EpochWatch(plan, stage, (epoch, start, stop), tell) as watch:
-                    for step, window in zip(
-                        plan.steps(start, stop, stage), training.windows(stage, epoch), strict=False
-                    ):
-                        apply(step, model, torch_optimizer)
-                        watch.add(update(window, step.index), samples_in(window))
-                        if average:
-                            average.update(step.index)
-                    row = watch.finish()
-                if validation:
-                    row |= validate(
-                        judged,
-                        validation,
-                        loss,
-                        metrics,
-                        batch_size=max(stage.batch_size, _VALIDATED),
-                        on=on,
-                        tell=tell,
-                    )
-                    if not math.isfinite(row["valid_loss"]):
-                        raise NonFiniteError(non_finite("the validation loss is not finite", stop - 1, plan))
-                is_best = best.offer(epoch, row, judged)
-                history.append({"epoch": epoch, "stage": stage.index, "step": stop, **row, "best": is_best})
-                tell(_epoch_ended(history[-1], plan, watch))
-                patient = stage is not last or best.epochs_since(epoch) < plan.patience
-                if not patient:
-                    break
-            restored = (
-                best.restore(model, average, epoch, of_run=stage is last) if stage.restore_best else None
-            )
-            reason = "length" if patient else "patience"
-            tell(StageEnded(stage.index, stop, reason, restored))
-        if average:
-            unwrap(model).load_state_dict(average.model.state_dict())
-        if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise NonFiniteError(non_finite("the weights are not finite", stop - 1, plan))
-        best.finish(model)
-        result = Result(model, tuple(history), best.row(history), folder.path if folder else None)
-        tell(_run_ended(result, reason, time.monotonic() - began))
-    return result
+    for stage in plan.stages[run.stage :]:
+        run.enter(stage)
+        tell(stage_started(plan, stage))
+        for epoch, start, end in stage.epoch_ranges():
+            if epoch < run.epoch:
+                continue
+            if stage is last and best.epochs_since(epoch - 1) >= plan.patience:
+                break
+            model.train()
+            with EpochWatch(plan, stage, (epoch, start, end), tell, at=run.step, so_far=run.so_far) as watch:
+                run.begin_epoch(watch)
+                for step, window in zip(
+                    plan.steps(run.step, end, stage), run.windows(stage, start), strict=False
+                ):
+                    apply(step, model, run.optimizer)
+                    watch.add(run.update(window, step.index), samples_in(window))
+                    if run.average:
+                        run.average.update(step.index)
+                    run.step = step.index + 1
+                    stop.check()
+                    if saver:
+                        saver.offer(run.step, epoch)
+                row = watch.finish()
+            if judge:
+                size = max(stage.batch_size, _VALIDATED)
+                row |= judge(judged, batch_size=size, tell=tell, check=stop.check)
+                if not math.isfinite(row["valid_loss"]):
+                    raise NonFiniteError(non_finite("the validation loss is not finite", end - 1, plan))
+            is_best = best.offer(epoch, row, judged)
+            run.end_epoch({"epoch": epoch, "stage": stage.index, "step": end, **row, "best": is_best})
+            tell(epoch_ended(run.history[-1], plan, watch))
+            if saver:
+                saver.offer(run.step, run.epoch, epoch_ended=True)
+        frozen = run.audited(stage)
+        if saver:
+            saver.save(run.step, run.epoch)
+        tell(FreezeAudited(stage.index, run.step, *frozen))
+        ended = run.epoch - 1
+        restored = None
+        if stage.restore_best:
+            restored = best.restore(model, run.average, ended, of_run=stage is last)
+        patient = stage is not last or best.epochs_since(ended) < plan.patience
+        reason = "length" if patient else "patience"
+        tell(StageEnded(stage.index, run.step, reason, restored))
+    if run.average:
+        unwrap(model).load_state_dict(run.average.model.state_dict())
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise NonFiniteError(non_finite("the weights are not finite", run.step - 1, plan))
+    return reason
 
 
-def _check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics | None) -> None:
-    """Refuse what could only fail, or be ignored, later."""
-    if metrics is not None and not isinstance(metrics, (Mapping, nn.ModuleDict)):
-        raise RequestError(
-            f'metrics: a {type(metrics).__name__}; expected torchmetrics by name, such as {{"f1": ...}}'
-        )
-    if metrics and validation is None:
-        raise RequestError(
-            "metrics: there is no validation set to measure them on; pass valid=, or leave them out"
-        )
-    restores = any(stage.restore_best for stage in plan.stages)
-    needs = "restore_best" if restores else "patience" if plan.patience < math.inf else ""
-    if needs and validation is None and plan.monitor != "train_loss":
-        raise RecipeError(
-            f"{needs}: there is no validation set, so {plan.monitor!r} is never measured; "
-            'pass valid=, or monitor="train_loss"'
-        )
-    named = ("accuracy",) if metrics is None else tuple(metrics)
-    measured = ["train_loss", "valid_loss", *(f"valid_{name}" for name in named)]
-    if plan.monitor not in measured:
-        raise RecipeError(
-            f"monitor: no metric is called {plan.monitor!r}{nearest(plan.monitor, measured)} "
-            f"There are: {', '.join(measured)}"
-        )
-    if training.loader is None:
+def _begin(
+    run: Training, folder: RunFolder, recipe: Recipe, saver: Saver, resumed: Resumption | None
+) -> None:
+    """Leave in the directory what describes the run, and a checkpoint to go on from; or go on from one."""
+    run.best.keep = saver.keep
+    if resumed is None:
+        folder.describe(recipe, run.plan, run.on)
+        run.enter(run.plan.stages[0])
+        saver.begin()
         return
-    size = training.loader.batch_size
-    for stage in plan.stages:
-        if size is not None and stage.batch_size != size:
-            raise RecipeError(
-                f"batch_size: stage {stage.index + 1} says {stage.batch_size}, "
-                f"the DataLoader makes batches of {size}; "
-                f"say batch_size={size} in the recipe, or pass the data set and let lehr make the batches"
-            )
+    saver.go_on(resumed.found.snapshot.state)
+    if resumed.replaces:
+        run.instead_of = resumed.replaces
+        saver.begin(run.step, run.epoch)
+        folder.write_plan(recipe, run.plan)
+        run.instead_of = None
+    elif resumed.found.snapshot.state.plan_hash == run.plan.hash and not folder.has_plan(run.plan):
+        with suppress(LehrError):  # it was lost or damaged; the run does not need it
+            folder.write_plan(recipe, run.plan)
 
 
-def _check_unused(recipe: Recipe, training: Feed, loss: Loss | None) -> None:
-    """Refuse what a recipe says and nothing would follow."""
-    if recipe.augment is not None and not isinstance(training.source, ImageSamples):
-        raise RecipeError(
-            f"augment: {list(recipe.augment)} is for the images that lehr reads; "
-            "your own data set changes its samples itself, so leave augment out"
-        )
-    if training.loader is not None and training.workers:
-        raise RequestError(
-            f"workers: {training.workers} is for data sets; a DataLoader has its own, so say num_workers there"
-        )
-    if loss is not None and recipe.label_smoothing:
-        raise RecipeError(
-            f"label_smoothing: {recipe.label_smoothing} is for the built-in cross-entropy; "
-            "leave it out, and smooth in your own loss"
-        )
+def _save_as_it_is(run: Training, saver: Saver, tell: Tell) -> None:
+    """Save the run between two steps, before it is left."""
+    try:
+        saver.save(run.step, run.epoch, wait=True)
+    except RuntimeError as error:
+        if not died(error):  # which comes once, in the middle of anything
+            raise
+        saver.save(run.step, run.epoch, wait=True)
+    if saver.problem:
+        tell(Note(f"the run is not saved as it is after step {run.step}; {_elsewhere(run)}"))
 
 
-def _run_started(plan: Plan, training: Feed, validation: Feed | None, on: Arithmetic) -> RunStarted:
-    return RunStarted(
-        lehr=__version__, plan_hash=plan.hash, total_steps=plan.total_steps, total_epochs=plan.total_epochs,
-        samples_train=training.samples, samples_valid=validation.samples if validation else 0,
-        device=str(on.device), precision=on.precision, stages=len(plan.stages),
-    )  # fmt: skip
-
-
-def _stage_started(plan: Plan, stage: PlannedStage) -> StageStarted:
-    return StageStarted(
-        stage=stage.index, label=stage.label, start=stage.start, stop=stage.stop,
-        first_epoch=stage.first_epoch, epochs=stage.epochs,
-        trained_parameters=sum(plan.parameters[name] for name in plan.trainable(stage)),
-        total_parameters=sum(plan.parameters.values()), peak_lr=trained(stage.peak_lr, stage),
-    )  # fmt: skip
-
-
-def _epoch_ended(row: Mapping[str, Any], plan: Plan, watch: EpochWatch) -> EpochEnded:
-    own = ("epoch", "stage", "step", "train_loss", "best")
-    return EpochEnded(
-        epoch=row["epoch"], stage=row["stage"], step=row["step"], train_loss=row["train_loss"],
-        metrics={name: value for name, value in row.items() if name not in own},
-        lr=trained(plan[row["step"] - 1].lr, plan.stages[row["stage"]]),
-        seconds=watch.seconds, samples_per_second=watch.samples_per_second, best=row["best"],
-    )  # fmt: skip
-
-
-def _run_ended(result: Result, reason: str, seconds: float) -> RunEnded:
-    row = result.best
-    return RunEnded(
-        step=int(result.history[-1]["step"]), reason=reason, seconds=seconds,
-        best_epoch=int(row["epoch"]) if row["best"] else None,
-        metrics={name: value for name, value in row.items() if name.startswith(("train_", "valid_"))},
-    )  # fmt: skip
+def _elsewhere(run: Training) -> str:
+    """Put the run's weights where they can be, since its directory does not take them; say where they are."""
+    folder: str | None = None
+    try:
+        folder = tempfile.mkdtemp(prefix="lehr-")
+        where = Path(folder) / "best.safetensors"
+        write_tensors(where, run.best.weights(run.model))
+    except OSError as error:
+        if folder:
+            with suppress(OSError):
+                Path(folder).rmdir()
+        return f"nor could the weights be written elsewhere ({error.filename}: {error.strerror or error})"
+    return f"the weights are in {where}"

@@ -85,14 +85,16 @@ def check_name(name: str) -> None:
     Raises:
         ModelError: with the nearest names.
     """
-    import timm
+    if name == DIGITS_NET:
+        return
+    import timm  # seconds, which lehr's own small one need not wait for
 
     if name.startswith(_TORCHVISION):
         own = name.removeprefix(_TORCHVISION)
         if own not in _torchvision_names():
             near = _near(own, _torchvision_names())
             raise ModelError(f"--model {name}: torchvision has no such classifier{near}")
-    elif name != DIGITS_NET and not timm.is_model(name):
+    elif not timm.is_model(name):
         known = [*timm.list_models(), *(f"{_TORCHVISION}{n}" for n in _torchvision_names()), DIGITS_NET]
         raise ModelError(
             f"--model {name}: neither timm nor lehr has it{_near(name, known)} "

@@ -14,14 +14,16 @@ from torch import nn
 from lehr.data import Transform, read_image
 from lehr.data.augment import Pipeline
 from lehr.data.listing import shown
-from lehr.errors import DataError, RequestError, WeightsError, nearest
+from lehr.errors import DataError, LehrError, RequestError, WeightsError, nearest
 from lehr.run.facts import unwrap
 from lehr.run.folder import RunFolder
 from lehr.run.models import make_model
 from lehr.run.precision import arithmetic
 from lehr.run.weights import listed, read_weights
+from lehr.untrusted import MIB, printable, read_bytes
 
 CARD = "model.json"
+_LARGEST_CARD = 64 * MIB  # names of a million classes
 _BATCH = 32
 
 
@@ -91,7 +93,7 @@ def load(run: str | Path, *, model: nn.Module | None = None, device: str = "cpu"
     weights = RunFolder(folder).weights
     if not weights.is_file():
         raise RequestError(f"{folder}: {_no_weights(folder)} Expected a directory that lehr fit made")
-    card = _read_card(folder)
+    card = read_card(folder)
     if model is None and card is None:
         raise RequestError(
             f"{folder}: a run of your own model, which lehr cannot make; "
@@ -187,17 +189,28 @@ def _no_weights(folder: Path) -> str:
     return "no such directory" + nearest(folder.name, runs)
 
 
-def _read_card(folder: Path) -> Card | None:
+def read_card(folder: Path) -> Card | None:
+    """The card of a run; None for a run of a person's own model.
+
+    Raises:
+        RequestError: for a damaged one.
+    """
     file = folder / CARD
-    if not file.is_file():
+    if not file.exists():  # a pipe of this name is no card, but not the lack of one either
         return None
     try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
-        return Card(
-            str(plain["model"]),
-            tuple(map(str, plain["classes"])),
-            Transform.from_json(plain["transform"]),
-            {str(key): str(value) for key, value in plain.get("weights", {}).items()},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"{file}: damaged: {error}; the model cannot be made from it again") from None
+        plain = json.loads(read_bytes(file, most=_LARGEST_CARD).decode("utf-8"))
+        model, classes, weights = plain["model"], plain["classes"], plain.get("weights", {})
+        texts = (model, *classes, *weights, *weights.values())
+        if type(classes) is not list or not all(isinstance(text, str) for text in texts):
+            raise ValueError("model, classes and weights are not texts")
+        return Card(model, tuple(classes), Transform.from_json(plain["transform"]), weights)
+    except LehrError as error:
+        said = str(error)
+    except OSError as error:
+        said = error.strerror or str(error)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        said = str(error)
+    raise RequestError(
+        f"{printable(str(file))}: damaged: {printable(said[:200])}; the model cannot be made from it again"
+    )

@@ -7,7 +7,9 @@ losses or devices.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -18,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lehr.data.datasets import pure
 from lehr.data.purity import seed_of
-from lehr.errors import DataError
+from lehr.errors import DataError, FeedError, is_from_worker, plain_words
 from lehr.planning import PlannedStage, batches_in
 
 Window = list[tuple[Any, int]]
 _ORDER = 1  # sets the seeds of orders apart from those of augmentation, (seed, view, index), unless seed is 1 itself
+_AS_IT_IS = nullcontext()
 _MOST = 256  # batches gathered at once from tensors in memory, and the most bytes:
 _CHUNK = 32 * 2**20
 
@@ -66,25 +69,93 @@ class Feed:
         return self.source if isinstance(self.source, DataLoader) else None
 
     @property
+    def _beside(self) -> bool:
+        """Whether samples are loaded by other processes."""
+        return bool(self.workers if self.loader is None else self.loader.num_workers)
+
+    @property
     def batches(self) -> int | None:
         """Batches in one pass over the person's own loader; None where the plan decides."""
         return None if self.loader is None else len(self.loader)
 
-    def windows(self, stage: PlannedStage, epoch: int) -> Iterator[Window]:
-        """The batches of each step of an epoch, each with its number of samples; the last may be short."""
-        batches = self.ordered(stage.batch_size, epoch) if self.loader is None else iter(self.loader)
-        while window := list(islice(batches, stage.accumulate)):
-            yield [(batch, size_of(batch)) for batch in window]
+    def windows(
+        self,
+        stage: PlannedStage,
+        epoch: int,
+        done: int = 0,
+        rewound: AbstractContextManager[object] = _AS_IT_IS,
+    ) -> Iterator[Window]:
+        """The batches of each step of an epoch, each with its number of samples; the last may be short.
 
-    def ordered(self, batch_size: int, epoch: int) -> Iterator[Any]:
-        """Batches in the order of `epoch`, augmented with that epoch's view."""
-        return self._drawn(cut(order(self.samples, self.seed, epoch), batch_size), epoch)
+        Args:
+            stage: has the size of batches and windows.
+            epoch: decides order and augmentation.
+            done: steps of the epoch to leave out. lehr's own batches of them are not even read; from a person's
+                loader they are drawn again and dropped.
+            rewound: the random states of the epoch's beginning, in which that is done.
+
+        Raises:
+            FeedError: for a sample that cannot be had, with the step.
+        """
+        step = stage.start + (epoch - stage.first_epoch) * stage.steps_per_epoch + done
+        batches: Iterator[Any] | None = None
+        while True:
+            try:
+                if batches is None:
+                    batches = self._from(stage, epoch, done, rewound)
+                window = [(batch, size_of(batch)) for batch in islice(batches, stage.accumulate)]
+            except Exception as error:
+                raise FeedError(
+                    f"step {step}: {died(error, beside=self._beside) or plain_words(error)}"
+                ) from error
+            if not window:
+                return
+            yield window
+            step += 1
+
+    def _from(
+        self, stage: PlannedStage, epoch: int, done: int, rewound: AbstractContextManager[object]
+    ) -> Iterator[Any]:
+        skipped = done * stage.accumulate
+        if self.loader is None:
+            return self.ordered(stage.batch_size, epoch, skipped)
+        if not skipped:
+            return iter(self.loader)
+        with rewound:
+            batches = iter(self.loader)
+            for _ in islice(batches, skipped):
+                pass
+        return batches
+
+    def ordered(self, batch_size: int, epoch: int, skipped: int = 0) -> Iterator[Any]:
+        """Batches in the order of `epoch`, augmented with that epoch's view, without the first `skipped`."""
+        return self._drawn(cut(order(self.samples, self.seed, epoch), batch_size)[skipped:], epoch)
+
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """The generators that the person's own loader draws its order from, each once."""
+        loader = self.loader
+        if loader is None:
+            return ()
+        samplers = (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+        found = [g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)]
+        return tuple({id(generator): generator for generator in found}.values())
 
     def sequential(self, batch_size: int) -> Iterator[Any]:
-        """Every sample once, in order: for validation."""
-        if self.loader is not None:
-            return iter(self.loader)
-        return self._drawn(list(torch.split(torch.arange(self.samples), batch_size)), 0)
+        """Every sample once, in order: for validation.
+
+        Raises:
+            FeedError: for a sample that cannot be had.
+        """
+        try:
+            if self.loader is not None:
+                yield from self.loader
+            else:
+                yield from self._drawn(list(torch.split(torch.arange(self.samples), batch_size)), 0)
+        except Exception as error:
+            raise FeedError(
+                f"validation: {died(error, beside=self._beside) or plain_words(error)}"
+            ) from error
 
     def _drawn(self, batches: Sequence[torch.Tensor], view: int) -> Iterator[Any]:
         if type(self.source) is TensorDataset:
@@ -93,7 +164,8 @@ class Feed:
         return iter(self._by_key)
 
     @property
-    def _dataset(self) -> Dataset[Any]:
+    def dataset(self) -> Dataset[Any]:
+        """The samples themselves."""
         return self.source.dataset if isinstance(self.source, DataLoader) else self.source
 
     @cached_property
@@ -106,10 +178,35 @@ class Feed:
         it leaves torch's global one untouched, so that nothing depends on how many workers there are.
         """
         return DataLoader(
-            pure(self._dataset, self.seed), batch_sampler=self._keys, pin_memory=self.pin,
+            pure(self.dataset, self.seed), batch_sampler=self._keys, pin_memory=self.pin,
             num_workers=self.workers, persistent_workers=self.workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),
+            worker_init_fn=_quietly, generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
+
+
+def _quietly(_: int) -> None:
+    """A Ctrl-C in a terminal, and its closing, reach the workers as well; the step under way still needs their
+    samples.
+    """
+    for number in signal.Signals:
+        if number.name in ("SIGINT", "SIGHUP"):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def died(error: Exception, *, beside: bool = False) -> str:
+    """What to say where a process that loads samples has died; empty where an error is another.
+
+    torch raises this one in the middle of whatever the program does at that moment. What is seen first may be a
+    connection that breaks: where there are such processes (`beside`), to one of them.
+    """
+    said = plain_words(error)
+    broke = beside and isinstance(error, (ConnectionError, EOFError)) and not is_from_worker(error)
+    if not broke and (not isinstance(error, RuntimeError) or "DataLoader worker" not in said):
+        return ""
+    return (
+        f"{said.splitlines()[0]}; a process that loads samples died, often for want of memory: try fewer "
+        "workers, or none (workers=0, --workers 0)"
+    )
 
 
 class _Keys:

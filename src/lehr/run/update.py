@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lehr.errors import NonFiniteError, RunError
 from lehr.planning import Plan
+from lehr.run.memory import fitting, is_out_of_memory
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Window, samples_in
 from lehr.run.watch import non_finite
@@ -43,16 +44,61 @@ class Update:
         self._autocast = on.autocast()  # may be entered again and again
         self._scaler = torch.amp.GradScaler(on.device.type) if on.precision == "fp16" else None
 
+    @property
+    def scaling(self) -> dict[str, Any] | None:
+        """The state of the fp16 scale, as plain numbers; None where there is none."""
+        return None if self._scaler is None else self._scaler.state_dict()
+
+    def resume(self, scaling: Mapping[str, Any] | None) -> None:
+        """Go on with a scale as it was.
+
+        Raises:
+            ValueError: for what is no state of it.
+        """
+        if self._scaler is not None and scaling is not None:
+            if not _like(scaling, self._scaler.state_dict()):
+                raise ValueError("the state of the fp16 scale has other fields, or numbers that cannot be")
+            self._scaler.load_state_dict(dict(scaling))
+
     def __call__(self, window: Window, step: int) -> torch.Tensor:
         """Do update `step` (its number is for messages only)."""
         total = samples_in(window)
-        if self._scaler is not None:
-            return self._scaled(self._scaler, window, total, step)
+        try:
+            if self._scaler is not None:
+                return self._scaled(self._scaler, window, total, step)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = self._backward(window, total, step)
+            self._clip()
+            self._optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+        else:
+            return loss
+        # Outside of the handler, which holds on to every tensor of the forward pass that failed.
+        raise RunError(self._too_large(window, step, said))
+
+    def _too_large(self, window: Window, step: int, said: str) -> str:
+        """What to say where memory has run out: which batch would have fitted, found by trying."""
         self._optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(window, total, step)
-        self._clip()
-        self._optimizer.step()
-        return loss
+        batch, size = max(window, key=lambda pair: pair[1])
+        fits = fitting(lambda part: self._backward([(part, size)], size, step), batch, size)
+        self._optimizer.zero_grad(set_to_none=True)
+        stage = self._plan.stage_at(step)
+        samples = stage.batch_size * stage.accumulate
+        if fits is None:
+            way = "try a smaller batch_size, and accumulate as many times more"
+        elif not fits:
+            way = "not even one sample fits: a smaller model or smaller samples are needed, or precision bf16"
+        else:
+            times = -(-samples // fits)
+            way = (
+                f"{fits} would have fitted: batch_size = {fits} with accumulate = {times} makes "
+                + ("the same update of" if fits * times == samples else f"updates of {fits * times}, not of")
+                + f" {samples} samples (batch-norms see the smaller batch)"
+            )
+        return f"step {step}: out of memory with batches of {size} ({said}); {way}"
 
     def _backward(self, window: Window, total: int, step: int) -> torch.Tensor:
         """Gradients of the mean loss over the window's samples."""
@@ -90,6 +136,13 @@ class Update:
         lowest = f"down to a scale of {scaler.get_scale():g}"
         what = f"the fp16 gradients overflowed {_MOST_TRIES} times in a row, {lowest},"
         raise NonFiniteError(non_finite(what, step, self._plan))
+
+
+def _like(found: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """The same fields, each with a number of the same type that a scale may have."""
+    return found.keys() == known.keys() and all(
+        type(found[key]) is type(value) and 0 <= found[key] < 2**63 for key, value in known.items()
+    )
 
 
 def _undo(model: nn.Module, device: torch.device) -> Callable[[], None]:

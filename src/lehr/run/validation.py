@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from lehr.data.purity import preserved
 from lehr.errors import RunError
-from lehr.journal import Validating
+from lehr.events import Validating
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed, size_of
 from lehr.run.update import Loss, cross_entropy, placed, scalar_loss
@@ -32,6 +32,7 @@ def validate(
     batch_size: int,
     on: Arithmetic,
     tell: Tell,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`valid_loss` and every metric as `valid_<name>`, over the whole feed, in eval mode.
 
@@ -40,6 +41,7 @@ def validate(
         metrics: torchmetrics by name; None means accuracy, where the loss function shows its outputs and
             class targets.
         tell: is told about ten times a second how far it is.
+        check: is called after each batch, and may raise to break off.
 
     Raises:
         RunError: for metrics whose loss function returns no `outputs` and `targets`.
@@ -63,6 +65,7 @@ def validate(
                 total += scalar_loss(returned).to(total.dtype) * size
                 samples += size
                 metrics = _counted(returned, metrics, on)
+                check()
                 if time.perf_counter() >= next_look:
                     tell(Validating(samples, feed.samples))
                     next_look = time.perf_counter() + REFRESH

@@ -14,33 +14,37 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from lehr.errors import NonFiniteError, RunError
-from lehr.journal import (
+from lehr.errors import NonFiniteError, RunError, plain_words
+from lehr.events import (
     LOSSES_PER_EVENT,
     EpochEnded,
     Event,
     Interrupted,
-    Journal,
+    Note,
     Observer,
     Progressed,
     RunFailed,
     StageStarted,
     StepsTaken,
-)  # fmt: skip
+)
+from lehr.journal import Journal
 from lehr.planning import Plan, PlannedStage
-from lehr.run.folder import RunFolder
+from lehr.run.state import SoFar
+from lehr.run.stopping import was_asked
 
 Tell = Callable[[Event], None]
 Clock = Callable[[], float]
 REFRESH = 0.1
 """Seconds between two looks at the losses."""
+_NOTHING = SoFar()
 
 
 class EpochWatch:
     """Counts one epoch: takes each step's loss as it is, on its device, and tells of it in time.
 
     `train_loss` is the mean over the epoch's samples; `seconds` runs from the making of the watch until it is
-    read. As a context, it tells of the steps that were done also where the epoch breaks off.
+    read. As a context, it tells of the steps that were done also where the epoch breaks off. An epoch that is
+    gone on with after `at` updates of the run has counted `so_far`.
     """
 
     def __init__(
@@ -50,15 +54,19 @@ class EpochWatch:
         epoch: tuple[int, int, int],
         tell: Tell,
         clock: Clock = time.perf_counter,
+        *,
+        at: int | None = None,
+        so_far: SoFar = _NOTHING,
     ) -> None:
         self._plan, self._stage, self._tell, self._clock = plan, stage, tell, clock
         self.epoch, self.start, self.stop = epoch
-        self._began = clock()
+        self._began, self._before = clock(), so_far
         self._next_look = self._began + REFRESH
         self._waiting: list[torch.Tensor] = []
         self._losses: list[float] = []
         self._sizes: list[int] = []
-        self._sum, self._samples, self._told = 0.0, 0, self.start
+        self._sum, self._samples = so_far.loss_sum, so_far.samples
+        self._told = self.start if at is None else at
         self.samples_per_second = 0.0
 
     def __enter__(self) -> EpochWatch:
@@ -100,13 +108,26 @@ class EpochWatch:
             )
         self._tell(self._progress())
         self._flush()
-        self.samples_per_second = self._samples / max(self._clock() - self._began, 1e-9)
+        self.samples_per_second = self._speed()
         return {"train_loss": self._sum / self._samples}
+
+    def so_far(self) -> SoFar:
+        """What the epoch has counted; the losses of all its steps are told.
+
+        Raises:
+            NonFiniteError: for a loss that is not finite.
+        """
+        self._read()
+        self._flush()
+        return SoFar(self._sum, self._samples, self.seconds)
 
     @property
     def seconds(self) -> float:
-        """Since the epoch began."""
-        return self._clock() - self._began
+        """Since the epoch began; while it stood still between two processes no time passes."""
+        return self._before.seconds + self._clock() - self._began
+
+    def _speed(self) -> float:
+        return (self._samples - self._before.samples) / max(self._clock() - self._began, 1e-9)
 
     def _read(self) -> None:
         """Bring the losses that wait on the device here, all in one go."""
@@ -138,7 +159,7 @@ class EpochWatch:
             step=done, stage=self._stage.index,
             epoch=self.epoch, epoch_start=self.start, epoch_stop=self.stop,
             loss=self._sum / max(self._samples, 1), lr=trained(rates, self._stage),
-            samples_per_second=self._samples / max(self._clock() - self._began, 1e-9),
+            samples_per_second=self._speed(),
         )  # fmt: skip
 
 
@@ -161,25 +182,30 @@ def trained(rates: Mapping[str, float], stage: PlannedStage) -> dict[str, float]
 
 
 @contextmanager
-def telling(folder: RunFolder | None, observers: Sequence[Observer]) -> Iterator[Tell]:
+def telling(
+    journal: Journal | None, observers: Sequence[Observer], step: int = 0, stage: int = 0
+) -> Iterator[Tell]:
     """A function that hands events to the journal and to every observer; what stops the run is told as well.
 
     An observer that raises is warned about once and then left out: observers can change nothing, not even by
-    failing.
+    failing. A journal that cannot be written is told of once, and goes on trying.
     """
-    journal = Journal(folder.journal) if folder else None
     listening = list(observers)
-    at = [0, 0]  # step, stage
+    warned = False
 
     def tell(event: Event) -> None:
+        nonlocal step, stage, warned
         if isinstance(event, StepsTaken):
-            at[0] = event.stop
+            step = event.stop
         elif isinstance(event, (Progressed, EpochEnded)):
-            at[:] = event.step, event.stage
+            step, stage = event.step, event.stage
         elif isinstance(event, StageStarted):
-            at[:] = event.start, event.stage
+            stage = event.stage
         if journal:
             journal(event)
+        if journal and journal.problem and not warned:
+            warned = True
+            tell(Note(f"{journal.problem}; training goes on, and what the journal lacks is tried again"))
         for observer in tuple(listening):
             try:
                 observer(event)
@@ -193,11 +219,9 @@ def telling(folder: RunFolder | None, observers: Sequence[Observer]) -> Iterator
 
     try:
         yield tell
-    except KeyboardInterrupt:
-        tell(Interrupted(at[0]))
-        raise
     except BaseException as error:
-        tell(RunFailed(at[0], at[1], f"{type(error).__name__}: {error}"))
+        said = f"{type(error).__name__}: {plain_words(error)}"
+        tell(Interrupted(step) if was_asked(error) else RunFailed(step, stage, said))
         raise
     finally:
         if journal:

@@ -1,0 +1,70 @@
+"""What `fit` refuses before anything is changed: what could only fail later, or be ignored. It changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from lehr.data.datasets import ImageSamples
+from lehr.errors import RecipeError, RequestError, nearest
+from lehr.planning import Plan
+from lehr.recipe import Recipe
+from lehr.run.sampler import Feed
+from lehr.run.update import Loss
+from lehr.run.validation import Metrics
+
+
+def check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics | None) -> None:
+    """Refuse what could only fail, or be ignored, later."""
+    if metrics is not None and not isinstance(metrics, (Mapping, nn.ModuleDict)):
+        raise RequestError(
+            f'metrics: a {type(metrics).__name__}; expected torchmetrics by name, such as {{"f1": ...}}'
+        )
+    if metrics and validation is None:
+        raise RequestError(
+            "metrics: there is no validation set to measure them on; pass valid=, or leave them out"
+        )
+    restores = any(stage.restore_best for stage in plan.stages)
+    needs = "restore_best" if restores else "patience" if plan.patience < math.inf else ""
+    if needs and validation is None and plan.monitor != "train_loss":
+        raise RecipeError(
+            f"{needs}: there is no validation set, so {plan.monitor!r} is never measured; "
+            'pass valid=, or monitor="train_loss"'
+        )
+    named = ("accuracy",) if metrics is None else tuple(metrics)
+    measured = ["train_loss", "valid_loss", *(f"valid_{name}" for name in named)]
+    if plan.monitor not in measured:
+        raise RecipeError(
+            f"monitor: no metric is called {plan.monitor!r}{nearest(plan.monitor, measured)} "
+            f"There are: {', '.join(measured)}"
+        )
+    if training.loader is None:
+        return
+    size = training.loader.batch_size
+    for stage in plan.stages:
+        if size is not None and stage.batch_size != size:
+            raise RecipeError(
+                f"batch_size: stage {stage.index + 1} says {stage.batch_size}, "
+                f"the DataLoader makes batches of {size}; "
+                f"say batch_size={size} in the recipe, or pass the data set and let lehr make the batches"
+            )
+
+
+def check_unused(recipe: Recipe, training: Feed, loss: Loss | None) -> None:
+    """Refuse what a recipe says and nothing would follow."""
+    if recipe.augment is not None and not isinstance(training.source, ImageSamples):
+        raise RecipeError(
+            f"augment: {list(recipe.augment)} is for the images that lehr reads; "
+            "your own data set changes its samples itself, so leave augment out"
+        )
+    if training.loader is not None and training.workers:
+        raise RequestError(
+            f"workers: {training.workers} is for data sets; a DataLoader has its own, so say num_workers there"
+        )
+    if loss is not None and recipe.label_smoothing:
+        raise RecipeError(
+            f"label_smoothing: {recipe.label_smoothing} is for the built-in cross-entropy; "
+            "leave it out, and smooth in your own loss"
+        )
