@@ -1,9 +1,9 @@
-"""The training loop by hand, in plain PyTorch, with lehr's parts: plan, optimizer, `apply`, order, journal.
+"""The training loop by hand, in plain PyTorch, with lehr's parts: plan, optimizer, `apply`, order, audit, journal.
 
     python examples/own_loop.py [FOLDER]
 
-It does what examples/fit.py does in one call and writes the same journal: the same losses to the last bit.
-A test runs both and compares them.
+It does what examples/fit.py does in one call, but for the checkpoints, and writes the same journal: the same
+losses to the last bit. A test runs both and compares them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,18 @@ from tqdm import tqdm
 
 import lehr
 from fit import RECIPE, work
-from lehr.journal import EpochEnded, Journal, Note, RunEnded, RunStarted, StageEnded, StageStarted, StepsTaken
+from lehr.events import (
+    EpochEnded,
+    FreezeAudited,
+    Note,
+    RunEnded,
+    RunStarted,
+    StageEnded,
+    StageStarted,
+    StepsTaken,
+)
+from lehr.journal import Journal
+from lehr.run.audit import audit, frozen_digests
 from lehr.run.sampler import cut, order
 
 
@@ -43,6 +54,7 @@ def main(folder: Path) -> nn.Module:
             journal(Note(note))
         for stage in plan.stages:
             journal(stage_started(plan, stage))
+            frozen = frozen_digests(model, plan.trainable(stage))
             for epoch, start, stop in stage.epoch_ranges():
                 clock = time.perf_counter()
                 steps = plan.steps(start, stop, stage)
@@ -60,6 +72,10 @@ def main(folder: Path) -> nn.Module:
                 journal(
                     EpochEnded(epoch, stage.index, stop, train_loss, metrics, rates, seconds, speed, is_best)
                 )
+            proof = audit(
+                model, optimizer, plan.trainable(stage), frozen
+            )  # it raises where frozen was not frozen
+            journal(freeze_audited(plan, stage, frozen, proof))
             journal(StageEnded(stage.index, stage.stop, reason="length", restored_epoch=None))
         seconds = time.monotonic() - began
         journal(RunEnded(plan.total_steps, "length", best_epoch, metrics=best, seconds=seconds))
@@ -140,6 +156,12 @@ def stage_started(plan: lehr.Plan, stage: Any) -> StageStarted:
         trained_parameters=sum(plan.parameters[name] for name in plan.trainable(stage)),
         total_parameters=sum(plan.parameters.values()), peak_lr=trained(stage.peak_lr),
     )  # fmt: skip
+
+
+def freeze_audited(plan: lehr.Plan, stage: Any, frozen: Mapping[str, str], proof: str) -> FreezeAudited:
+    """How many parameters and buffers the stage kept frozen, and one digest of them all."""
+    parameters = len(plan.parameters) - len(plan.trainable(stage))
+    return FreezeAudited(stage.index, stage.stop, parameters, len(frozen) - parameters, proof)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +29,7 @@ from lehr.errors import DataError
 from lehr.planning import Plan
 from lehr.recipe import load_recipe
 from lehr.resolving import resolve
-from lehr.run import models, weights
+from lehr.run import files, models, weights
 from lehr.run.update import Update
 
 SHORT = ("--set", "stages.0.length=1 epochs", "--set", "stages.1.length=1 epochs")
@@ -170,12 +172,16 @@ def test_init_names_a_place_that_cannot_be_written(lehr: Lehr) -> None:
 
 
 def test_fit_writes_a_whole_run(run: Path) -> None:
-    """A run holds recipe, plan, picture, environment, journal, weights, card and listing, and nothing
-    half written."""
+    """A run holds recipe, plan, picture, environment, journal, weights, card, listing and checkpoints, and
+    nothing half written."""
     names = {p.name for p in run.iterdir()}
     assert names == {
-        "best.safetensors", "data.json", "environment.json", "journal.jsonl", "model.json", "plan.json",
-        "plan.png", "recipe.toml",
+        ".lock", "best.safetensors", "checkpoints", "data.json", "environment.json", "journal.jsonl", "model.json",
+        "plan.json", "plan.png", "recipe.toml",
+    }  # fmt: skip
+    kept = {p.name for p in (run / "checkpoints").iterdir()}
+    assert {re.sub(r"\d+", "N", name) for name in kept} == {
+        "N-step-N.json", "N-step-N.safetensors", "best-N.safetensors"
     }  # fmt: skip
     assert journal(run)[0] == "run_started"
     assert journal(run)[-1] == "run_ended"
@@ -446,7 +452,7 @@ lehr.errors.DataError: a.jpg: gone"""
             "out of memory: CUDA out of memory.; try a smaller batch_size",
         ),
         (MemoryError(), "out of memory: MemoryError; try a smaller batch_size"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "try --workers 0"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers 0)"),
         (RuntimeError("cuDNN error\nmore"), "RuntimeError: cuDNN error  [LEHR_TRACEBACK=1 shows where]"),
         (DataError(WORKER), "a.jpg: gone"),
     ],
@@ -483,19 +489,60 @@ def test_a_traceback_can_be_asked_for(lehr: Lehr, monkeypatch: pytest.MonkeyPatc
         lehr("fit", *QUICK, "--out", "run")
 
 
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the disk of the run full for files whose name begins so; elsewhere there is room."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    save = files.save_file
+
+    def make(beginning: str) -> None:
+        def limited(tensors: dict[str, torch.Tensor], path: Path, **said: object) -> None:
+            if path.name.removeprefix(".").startswith(beginning) and "elsewhere" not in path.parts:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            save(tensors, path, **said)
+
+        monkeypatch.setattr(files, "save_file", limited)
+
+    return make
+
+
 def test_weights_that_cannot_be_written_end_the_run(
-    lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lehr: Lehr, full: Callable[[str], None], tmp_path: Path
 ) -> None:
-    """A disk that is full when the best weights are written ends with 1 and names the file."""
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(weights, "save_file", full)
+    """A disk that is full when the best weights are written stops no training; the run ends with 1, names the
+    file, and says where the weights are instead."""
+    full("best")
     said = lehr("fit", *QUICK, "--out", "run")
     assert said.code == 1
-    assert said.last.startswith("lehr: run/best.safetensors: cannot be written")
-    assert journal(tmp_path / "run")[-1] == "run_failed"
+    found = re.fullmatch(
+        r"lehr: run: the run is done, but this directory is not whole: No space left on device: best-\d\.safetensors; "
+        r"the weights are in (\S+/best\.safetensors)",
+        said.last,
+    )
+    assert found, said.err
+    assert set(weights.read_weights(Path(found[1]))) == set(
+        jobs.make_model("digits_net", 5).module.state_dict()
+    )
+    told = journal(tmp_path / "run")
+    assert "checkpoint_failed" in told
+    assert told[-1] == "run_ended"
+    assert Path(found[1]).is_relative_to(tmp_path / "elsewhere")
+
+
+def test_a_run_that_cannot_be_saved_at_its_start_is_not_begun(
+    lehr: Lehr, full: Callable[[str], None], tmp_path: Path
+) -> None:
+    """A disk that is full before the first step ends the run with 1 and words, and nothing is left of it."""
+    full("0")
+    said = lehr("fit", *QUICK, "--out", "run")
+    assert said.code == 1
+    assert (
+        "lehr: run: the run cannot be saved, so it was not begun: No space left on device: 0001-step-0"
+        in said.last
+    )
+    assert "epoch 1" not in said.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_published_weights_are_announced_and_their_absence_explained(
@@ -619,13 +666,13 @@ def test_a_run_that_is_none_is_refused(lehr: Lehr) -> None:
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     """`lehr plan digits | head` shows no traceback."""
     command = [sys.executable, "-m", "lehr", "plan", "digits"]
+    here = {**os.environ, "PYTHONPATH": str(Path(jobs.__file__).parents[1])}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=here
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 1
-    assert "Traceback" not in said
-    assert "Error" not in said
+    assert said in ("", "next: lehr fit digits\n")

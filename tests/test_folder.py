@@ -7,15 +7,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 
 from lehr.errors import RequestError
 from lehr.planning import Plan
 from lehr.recipe import Recipe, Stage, load_recipe
 from lehr.resolving import resolve
-from lehr.run.folder import RunFolder, environment
+from lehr.run.folder import RunFolder, environment, opened
 from lehr.run.precision import arithmetic
-from lehr.run.weights import read_weights
 from lehr.selection import ModelFacts, ParameterFacts
 
 FACTS = ModelFacts("net", (ParameterFacts("fc.weight", (2, 4)),))
@@ -42,15 +40,6 @@ def test_the_environment_names_no_one() -> None:
     assert str(Path.cwd()) not in text
 
 
-def test_weights_are_kept_under_one_name(tmp_path: Path) -> None:
-    """The weights to keep are in best.safetensors, readable by all."""
-    folder = RunFolder.create(tmp_path)
-    folder.save_weights({"a": torch.ones(3)})
-    assert torch.equal(read_weights(folder.weights)["a"], torch.ones(3))
-    assert folder.weights.name == "best.safetensors"
-    assert folder.weights.stat().st_mode & 0o044 == 0o044
-
-
 def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     """A directory with a journal is never written into; one without is taken as it is."""
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
@@ -58,6 +47,33 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     folder.journal.touch()
     with pytest.raises(RequestError, match="holds a run already, and nothing is overwritten"):
         RunFolder.create(tmp_path)
+    with pytest.raises(RequestError, match=rf"go on with it \(lehr resume {tmp_path}; in Python resume="):
+        RunFolder.create(tmp_path)
+    assert RunFolder.create(tmp_path, resume=True) == folder
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.toml", "plan.json", "environment.json", "checkpoints", "best.safetensors"]
+)
+def test_a_directory_with_a_part_of_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    """Whatever a run writes is never written over, also where the rest of the run is missing."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(RequestError, match=rf"holds {name} already, and nothing is overwritten"):
+        RunFolder.create(tmp_path)
+
+
+def test_an_open_directory_is_locked(tmp_path: Path) -> None:
+    """While a run is in its directory no other one gets in, for a new run or an old one; afterwards one does."""
+    with opened(tmp_path / "run", resume=False) as folder:
+        assert folder.lock.is_file()
+        for resume in (False, True):
+            with (
+                pytest.raises(RequestError, match="trains in this directory now"),
+                opened(folder.path, resume=resume),
+            ):
+                pass
+    with opened(tmp_path / "run", resume=False) as again:
+        assert again == folder
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import lehr
-from lehr.errors import DataError, LehrError, NonFiniteError, RecipeError, RequestError, RunError
-from lehr.journal import (
+from lehr.errors import DataError, FeedError, LehrError, NonFiniteError, RecipeError, RequestError, RunError
+from lehr.events import (
+    CheckpointWritten,
     EpochEnded,
     Event,
+    FreezeAudited,
     Interrupted,
     Note,
     RunEnded,
@@ -31,9 +33,10 @@ from lehr.journal import (
     StageEnded,
     StageStarted,
     StepsTaken,
-    read_journal,
 )  # fmt: skip
+from lehr.journal import read_journal
 from lehr.recipe import Recipe, Stage
+from lehr.run.checkpoint import CheckpointFolder
 from lehr.run.ema import Ema
 from lehr.run.sampler import order
 
@@ -634,6 +637,97 @@ def test_an_interrupted_run_says_how_far_it_came(tmp_path: Path) -> None:
     assert len(losses_of(events)) == 9
 
 
+class Bad(TensorDataset):
+    """Cannot give one sample while it is out of order."""
+
+    bad: int | None = None
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == self.bad:
+            raise OSError(f"{index}.png: gone")
+        return super().__getitem__(index)
+
+
+def saved_at(out: Path) -> int:
+    state = CheckpointFolder(out / "checkpoints").newest_state()
+    assert state is not None
+    return state.at.step
+
+
+def test_a_sample_that_turns_bad_loses_nothing(tmp_path: Path) -> None:
+    """The run is saved as of its last whole step and says why it ends; once the sample is there again, the run
+    goes on to the bits that it would have had."""
+    train, model, twin = Bad(*data().tensors), net(), net()
+    wanted = lehr.fit(twin, train, data(20), recipe=head_then_all(), device="cpu")
+    step = 7 + order(50, 11, 1).tolist().index(31) // 8
+
+    def spoil(event: Event) -> None:
+        if isinstance(event, EpochEnded):
+            train.bad = 31
+
+    with pytest.raises(FeedError, match=rf"^step {step}: 31\.png: gone$"):
+        lehr.fit(
+            net(), train, data(20), recipe=head_then_all(), out=tmp_path, observers=[spoil], device="cpu"
+        )
+    assert written(tmp_path)[-1] == RunFailed(step, 0, f"FeedError: step {step}: 31.png: gone")
+    assert saved_at(tmp_path) == step
+    train.bad = None
+    result = lehr.fit(model, train, data(20), recipe=head_then_all(), out=tmp_path, resume=True, device="cpu")
+    assert same(weights(model), weights(twin))
+    assert result.history == wanted.history
+
+
+def test_a_sample_of_the_validation_that_turns_bad_loses_no_step(tmp_path: Path) -> None:
+    """The run is saved between the epoch's last step and its validation, and goes on with that."""
+    valid, model, twin = Bad(*data(20).tensors), net(), net()
+    wanted = lehr.fit(twin, data(), valid, recipe=head_then_all(), device="cpu")
+    valid.bad = 3
+    with pytest.raises(FeedError, match=r"^validation: 3\.png: gone$"):
+        lehr.fit(net(), data(), valid, recipe=head_then_all(), out=tmp_path, device="cpu")
+    assert written(tmp_path)[-1] == RunFailed(7, 0, "FeedError: validation: 3.png: gone")
+    assert saved_at(tmp_path) == 7
+    valid.bad = None
+    result = lehr.fit(model, data(), valid, recipe=head_then_all(), out=tmp_path, resume=True, device="cpu")
+    assert same(weights(model), weights(twin))
+    assert result.history == wanted.history
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_step_is_told_with_the_step(tmp_path: Path) -> None:
+    """torch says so wherever the program is; what was half done then is not saved."""
+
+    def died(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.raises(
+        RunError,
+        match=r"^step 9: DataLoader worker \(pid 7\) .*fewer workers, or none \(workers=0, --workers 0\)$",
+    ):
+        lehr.fit(net(), data(), recipe=head_then_all(), loss=failing_at(9, died), out=tmp_path, device="cpu")
+    assert saved_at(tmp_path) == 0
+    assert isinstance(written(tmp_path)[-1], RunFailed)
+
+
+def test_all_global_generators_are_seeded() -> None:
+    """A loss that draws from torch's, Python's and numpy's own generators draws the same in every run of a seed."""
+    runs = []
+    for seed in (0, 0, 1):
+        drawn: list[tuple[float, ...]] = []
+
+        def loss(model: nn.Module, batch: Any, drawn: list[tuple[float, ...]] = drawn) -> torch.Tensor:
+            drawn.append((torch.rand(()).item(), random.random(), float(np.random.rand())))
+            return functional.cross_entropy(model(batch[0]), batch[1])
+
+        lehr.fit(net(), data(), recipe=one_stage("1 epoch", seed=seed), loss=loss, device="cpu")
+        torch.rand(3)
+        random.random()
+        np.random.rand()
+        runs.append(drawn)
+    assert runs[0] == runs[1]
+    assert all(
+        a != b for one, other in zip(runs[0], runs[2], strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
 # --- what is told ---
 
 
@@ -681,6 +775,11 @@ def test_the_journal_holds_the_whole_run(tmp_path: Path) -> None:
         }
     assert isinstance(ended, RunEnded)
     assert (ended.step, ended.reason) == (plan.total_steps, "length")
+    saved = [e for e in journal if isinstance(e, CheckpointWritten)]
+    assert [e.step for e in saved] == [0, 8, 16], "at the start and at each stage's end"
+    assert all(e.bytes > 0 and e.stall >= 0 and e.seconds > 0 for e in saved)
+    audited = [e for e in journal if isinstance(e, FreezeAudited)]
+    assert [(e.stage, e.step, e.parameters, e.buffers) for e in audited] == [(0, 8, 4, 3), (1, 16, 0, 0)]
     stages = [e for e in journal if isinstance(e, StageStarted)]
     assert [(e.start, e.stop, e.first_epoch, e.epochs) for e in stages] == [(0, 8, 0, 2), (8, 16, 2, 2)]
     assert stages[0].trained_parameters == 16 * 3 + 3
@@ -694,7 +793,11 @@ def test_a_run_directory_says_what_was_done(tmp_path: Path) -> None:
     lehr.fit(net(), data(), recipe=recipe, out=tmp_path / "a" / "b", device="cpu")
     folder = tmp_path / "a" / "b"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"recipe.toml", "plan.json", "environment.json", "journal.jsonl", "best.safetensors"}
+    assert names == {
+        "recipe.toml", "plan.json", "environment.json", "journal.jsonl", "best.safetensors", "checkpoints", ".lock",
+    }  # fmt: skip
+    kinds = {path.suffix for path in (folder / "checkpoints").iterdir()}
+    assert kinds == {".json", ".safetensors"}
     assert lehr.load_recipe(folder / "recipe.toml") == recipe
     assert lehr.Plan.load(folder / "plan.json").hash == lehr.plan(recipe, net(), samples=50).hash
     assert str(tmp_path) not in (folder / "environment.json").read_text(), "no names of folders"

@@ -77,7 +77,7 @@ def test_first_the_head_then_all() -> None:
 
 
 def _stop_in_stage_one(event: Any) -> None:
-    if isinstance(event, lehr.journal.EpochEnded):
+    if isinstance(event, lehr.events.EpochEnded):
         raise KeyboardInterrupt
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -15,12 +17,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
-from lehr.errors import DataError
+from lehr.errors import DataError, FeedError
 from lehr.planning import PlannedStage
 from lehr.recipe import Recipe, Stage
 from lehr.resolving import resolve
 from lehr.run.facts import inspect
-from lehr.run.sampler import Feed, cut, feed, order, samples_in, size_of
+from lehr.run.randomness import Randomness
+from lehr.run.sampler import Feed, Window, cut, died, feed, order, samples_in, size_of
 
 FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -259,3 +262,212 @@ def test_a_batch_without_a_tensor_is_refused(batch: Any) -> None:
     """A batch in which there is no tensor is an error that says what it is."""
     with pytest.raises(DataError, match=f"a batch is a {type(batch).__name__} without a tensor"):
         size_of(batch)
+
+
+# --- in the middle of an epoch ---
+
+
+def tail_of(source: Feed, planned: PlannedStage, done: int, epoch: int = 1) -> list[Window]:
+    return list(source.windows(planned, epoch, done))
+
+
+def same(a: list[Window], b: list[Window]) -> bool:
+    """Equal batches, of tensors to the bit, with equal sizes."""
+    return len(a) == len(b) and all(
+        size == other and all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(one, two, strict=True))
+        for window, wanted in zip(a, b, strict=True)
+        for (one, size), (two, other) in zip(window, wanted, strict=True)
+    )  # fmt: skip
+
+
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 4), st.data())
+@settings(deadline=None, max_examples=40)
+def test_an_epoch_gone_on_with_is_the_rest_of_it(
+    samples: int, size: int, accumulate: int, data: st.DataObject
+) -> None:
+    """After `done` steps, of tensors and of any data set alike, come the windows that the whole epoch has then."""
+    planned = stage(samples=samples, batch_size=size, accumulate=accumulate)
+    done = data.draw(st.integers(0, planned.steps_per_epoch))
+    epoch = data.draw(st.integers(0, 5))
+    for source in (feed(TensorDataset(torch.arange(samples)), seed=3), feed(Noisy(samples), seed=3)):
+        whole = tail_of(source, planned, 0, epoch)
+        rest = tail_of(source, planned, done, epoch)
+        assert len(whole) == planned.steps_per_epoch
+        assert same(rest, whole[done:])
+
+
+@FORKS
+def test_an_epoch_gone_on_with_by_other_workers_is_the_rest_of_it() -> None:
+    """Whoever loads the samples, and however many there are, before and after."""
+    planned = stage(samples=26, accumulate=2)
+    whole = tail_of(feed(Noisy(26), seed=5), planned, 0)
+    for workers in (1, 2):
+        source = feed(Noisy(26), seed=5, workers=workers)
+        for done in (3, 1, 4, 0):  # also after an epoch that was not finished
+            assert same(tail_of(source, planned, done), whole[done:])
+
+
+class Counted(TensorDataset):
+    """Tells which samples were read."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(torch.arange(samples))
+        self.read: list[int] = []
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read.append(int(index))
+        return super().__getitem__(index)
+
+
+def test_what_is_done_is_not_read_again() -> None:
+    """Of a data set only what is still to come is read."""
+    source = Counted(20)
+    windows = tail_of(feed(source, seed=0), stage(samples=20), done=3)
+    assert source.read == order(20, 0, 1)[12:].tolist()
+    assert len(windows) == 2
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own generator", "global generator"])
+def test_a_persons_loader_is_drawn_again_from_the_epochs_beginning(own: bool) -> None:
+    """A shuffling loader, from the random states of the epoch's beginning, gives the rest of the same epoch,
+    with the random numbers that its samples draw; and the states afterwards are those of now."""
+
+    class Drawing(TensorDataset):
+        def __getitem__(self, index: Any) -> Any:
+            return (*super().__getitem__(index), torch.rand(()))
+
+    generator = torch.Generator().manual_seed(4) if own else None
+    loader = DataLoader(Drawing(torch.arange(22)), batch_size=4, shuffle=True, generator=generator)
+    source, planned = feed(loader, seed=0), stage(samples=22, accumulate=2)
+    assert source.generators == ((generator,) if own else ())
+    randomness = Randomness(torch.device("cpu"), source.generators)
+    states, whole = [randomness.take()], list[Window]()
+    for window in source.windows(planned, 0):
+        whole.append(window)
+        states.append(randomness.take())
+    assert len(whole) == 3
+    for done in range(4):
+        randomness.put(states[done])
+        assert same(list(source.windows(planned, 0, done, randomness.rewound(states[0]))), whole[done:])
+        assert all(torch.equal(t, states[3].tensors[name]) for name, t in randomness.take().tensors.items())
+
+
+# --- what cannot be had ---
+
+
+class Breaking(Dataset[Any]):
+    """Fails at one index, in the way that it is told."""
+
+    def __init__(self, bad: int, how: Any) -> None:
+        self.bad, self.how = bad, how
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Any:
+        return self.how() if index == self.bad else torch.tensor(index)
+
+
+def gone() -> Any:
+    raise OSError("a.png: gone")
+
+
+def place_of(index: int, *, epoch: int = 1) -> int:
+    """The step of the run in which an index comes, in batches of 4."""
+    return 10 * epoch + order(40, 0, epoch).tolist().index(index) // 4
+
+
+@FORKS
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_had_names_the_step(workers: int) -> None:
+    """The windows before it come whole; then the error says the step and what the sample's own error said, in
+    plain words also from another process."""
+    planned = stage(samples=40)
+    source = feed(Breaking(7, gone), seed=0, workers=workers)
+    step = place_of(7)
+    windows = source.windows(planned, 1)
+    before = [next(windows) for _ in range(step - 10)]
+    assert sum(samples_in(window) for window in before) == 4 * (step - 10)
+    with pytest.raises(FeedError, match=rf"^step {step}: a\.png: gone$") as failed:
+        next(windows)
+    assert isinstance(failed.value.__cause__, OSError)
+
+
+def test_the_step_is_counted_from_where_the_epoch_goes_on() -> None:
+    """Also where some steps were done before, and windows have several batches."""
+    planned = stage(samples=40, accumulate=2)
+    step = 5 + order(40, 0, 1).tolist().index(7) // 8
+    for done in range(step - 5 + 1):
+        with pytest.raises(FeedError, match=rf"^step {step}: a\.png: gone$"):
+            list(feed(Breaking(7, gone), seed=0).windows(planned, 1, done))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (lambda: "a text", "expected Tensor as element . in argument 0, but got str"),
+        (lambda: torch.zeros(3), "stack expects each tensor to be equal size"),
+        (lambda: 1 / 0, "division by zero"),
+        (lambda: [][0], "list index out of range"),
+    ],
+    ids=["another type", "another shape", "a mistake", "no index"],
+)
+def test_a_bad_sample_is_one_error(how: Any, words: str) -> None:
+    """Whatever is wrong with a sample comes as one kind of error, with the step and the first reason."""
+    with pytest.raises(FeedError, match=rf"^step {place_of(7)}: .*({words})"):
+        list(feed(Breaking(7, how), seed=0).windows(stage(samples=40), 1))
+
+
+def test_a_batch_without_a_tensor_in_mid_run_is_one_error() -> None:
+    """A batch that cannot be counted names its step, too."""
+
+    class Texts(Breaking):
+        def __getitem__(self, index: int) -> Any:
+            return "text"
+
+    with pytest.raises(FeedError, match=r"^step 10: a batch is a list without a tensor"):
+        list(feed(Texts(0, gone), seed=0).windows(stage(samples=40), 1))
+
+
+def test_a_persons_loader_that_fails_names_the_step() -> None:
+    """While it gives batches, and while those that were done are drawn again."""
+    loader = DataLoader(Breaking(7, gone), batch_size=4)
+    planned = stage(samples=40)
+    with pytest.raises(FeedError, match=r"^step 11: a\.png: gone$"):
+        list(feed(loader, seed=0).windows(planned, 1))
+    with pytest.raises(FeedError, match=r"^step 15: a\.png: gone$"):
+        list(feed(loader, seed=0).windows(planned, 1, done=5))
+
+
+def test_a_sample_that_cannot_be_validated_says_so() -> None:
+    """There is no step in a validation."""
+    for data in (Breaking(7, gone), DataLoader(Breaking(7, gone))):
+        with pytest.raises(FeedError, match=r"^validation: a\.png: gone$"):
+            list(feed(data, seed=0, what="valid").sequential(4))
+
+
+def killed() -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@FORKS
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_worker_that_dies_names_the_step() -> None:
+    """Killed, for want of memory for example, it is told with its end, and with what to do."""
+    first = int(order(40, 0, 1)[0])
+    with pytest.raises(
+        FeedError, match=r"^step 10: DataLoader worker .*(exited unexpectedly|killed by signal)"
+    ) as failed:
+        list(feed(Breaking(first, killed), seed=0, workers=1).windows(stage(samples=40), 1))
+    assert str(failed.value).endswith(
+        "; a process that loads samples died, often for want of memory: try fewer workers, or none (workers=0, --workers 0)"
+    )
+
+
+def test_other_errors_are_no_deaths() -> None:
+    """Only torch's own words for it count."""
+    assert "fewer workers" in died(
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
+    )
+    assert not died(RuntimeError("CUDA error"))
+    assert not died(ValueError("DataLoader worker"))

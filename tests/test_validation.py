@@ -14,7 +14,7 @@ from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from lehr.errors import RunError
-from lehr.journal import Event, Validating
+from lehr.events import Event, Validating
 from lehr.run import validation
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import feed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +13,18 @@ import torch
 from torch import nn
 
 import lehr
-from lehr.errors import NonFiniteError, RunError
-from lehr.journal import Event, Interrupted, Note, Progressed, RunFailed, StepsTaken, read_journal
+from lehr.errors import FeedError, NonFiniteError, RunError
+from lehr.events import Event, Interrupted, Note, Progressed, RunFailed, StepsTaken
+from lehr.journal import Journal, read_journal
+from lehr.line_file import LineFile
 from lehr.planning import Plan
 from lehr.recipe import Recipe, Stage
-from lehr.run.folder import RunFolder
+from lehr.run.state import SoFar
 from lehr.run.watch import EpochWatch, non_finite, telling, trained
+
+FROM_WORKER = (
+    "Caught DataError in DataLoader worker process 0.\nTraceback ...\nlehr.errors.DataError: a.png: gone"
+)
 
 
 class Clock:
@@ -168,15 +176,18 @@ def test_an_observer_that_raises_is_left_out() -> None:
         (KeyboardInterrupt(), Interrupted(7)),
         (ValueError("boom"), RunFailed(7, 0, "ValueError: boom")),
         (SystemExit(3), RunFailed(7, 0, "SystemExit: 3")),
+        (SystemExit(143), Interrupted(7)),
+        (KeyError(), RunFailed(7, 0, "KeyError: KeyError")),
+        (FeedError(FROM_WORKER), RunFailed(7, 0, "FeedError: a.png: gone")),
     ],
-    ids=["interrupt", "error", "exit"],
+    ids=["interrupt", "error", "exit", "terminated", "without words", "from a worker"],
 )
 def test_what_stops_a_run_is_told_last(tmp_path: Path, error: BaseException, last: Event) -> None:
-    """The journal ends with how many updates were done and why it stopped, and is closed."""
-    folder = RunFolder.create(tmp_path / "run")
+    """The journal ends with how many updates were done and why it stopped, in plain words, and is closed."""
+    journal = Journal(tmp_path / "journal.jsonl")
 
     def stopped(fail: Callable[[], None]) -> None:
-        with telling(folder, ()) as tell:
+        with telling(journal, ()) as tell:
             tell(StepsTaken(0, 7, (1.0,) * 7))
             fail()
 
@@ -185,4 +196,86 @@ def test_what_stops_a_run_is_told_last(tmp_path: Path, error: BaseException, las
 
     with pytest.raises(type(error)):
         stopped(fail)
-    assert read_journal(folder.journal).records[-1].event == last
+    assert read_journal(journal.path).records[-1].event == last
+    with pytest.raises(ValueError, match="is closed"):
+        journal(Note("too late"))
+
+
+def test_a_run_that_goes_on_fails_where_it_is() -> None:
+    """What fails before anything was told has the step and the stage that the run goes on from."""
+    heard: list[Event] = []
+
+    def failing() -> None:
+        with telling(None, [heard.append], 40, 2):
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        failing()
+    assert heard == [RunFailed(40, 2, "ValueError: boom")]
+
+
+def test_a_journal_that_cannot_be_written_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full stops nothing: observers hear of it once, and everything else as always."""
+    heard: list[Event] = []
+    journal = Journal(tmp_path / "journal.jsonl")
+    write = LineFile._write
+    full = True
+
+    def limited(lines: LineFile, line: bytes) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(lines, line)
+
+    monkeypatch.setattr(LineFile, "_write", limited)
+    events = [StepsTaken(step, step + 1, (1.0,)) for step in range(4)]
+    with telling(journal, [heard.append]) as tell:
+        for event in events[:3]:
+            tell(event)
+        full = False
+        tell(events[3])
+    (note,) = [event for event in heard if isinstance(event, Note)]
+    assert "No space left" in note.text
+    assert note.text.endswith("; training goes on, and what the journal lacks is tried again")
+    assert [event for event in heard if event != note] == events
+    assert [r.event for r in read_journal(journal.path)] == [events[0], note, *events[1:]]
+    assert journal.problem == ""
+
+
+def test_an_epoch_that_is_gone_on_with_has_counted_what_was_done() -> None:
+    """The mean of an epoch in two parts is that of the whole, and each step is told once, under its number."""
+    losses = torch.randn(30).tolist()
+    whole, _, _ = watching(30)
+    for loss in losses:
+        whole.add(torch.tensor(loss), 2)
+    first, told, clock = watching(30)
+    for loss in losses[:11]:
+        first.add(torch.tensor(loss), 2)
+    clock.now += 4.0
+    so_far = first.so_far()
+    assert (so_far.samples, so_far.seconds) == (22, 4.0)
+    planned = plan(30)
+    second = EpochWatch(
+        planned, planned.stages[0], (0, 0, 30), told.append, clock, at=11, so_far=so_far
+    )  # fmt: skip
+    clock.now += 2.0
+    for loss in losses[11:]:
+        second.add(torch.tensor(loss), 2)
+    assert second.finish() == whole.finish()
+    assert [(event.start, event.stop) for event in taken(told)] == [(0, 11), (11, 30)]
+    assert [loss for event in taken(told) for loss in event.losses] == losses
+    assert second.seconds == 6.0
+    assert second.samples_per_second == 2 * 19 / 2.0, "of this process's own time"
+
+
+def test_an_epoch_whose_steps_were_all_done_has_nothing_to_tell() -> None:
+    """Where only the validation was missing, the epoch's row is that of the steps before."""
+    told: list[Event] = []
+    planned = plan(30)
+    counted = SoFar(loss_sum=30.0, samples=60, seconds=3.0)
+    with EpochWatch(
+        planned, planned.stages[0], (0, 0, 30), told.append, Clock(), at=30, so_far=counted
+    ) as watch:
+        assert watch.finish() == {"train_loss": 0.5}
+    assert taken(told) == []
