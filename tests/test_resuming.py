@@ -329,6 +329,15 @@ def test_a_changed_sample_is_named(tmp_path: Path) -> None:
     assert fit(tmp_path / "run", resume=True, train=Made()) is not None
 
 
+def test_samples_of_another_version_are_a_note(tmp_path: Path) -> None:
+    """Samples that are computed may come out otherwise in another torch: the run says so, and goes on."""
+    told: list[Any] = []
+    fit(tmp_path / "run", stop=5, train=Made())
+    forge(checkpoints(tmp_path / "run")[-1], lambda state: state["made"].update({"torch": "2.6.0"}))
+    fit(tmp_path / "run", resume=True, train=Made(0.5), observers=[told.append])
+    assert any("perhaps not the data" in event.text for event in told if isinstance(event, Note))
+
+
 # --- another machine ---
 
 

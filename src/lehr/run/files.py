@@ -111,7 +111,8 @@ def _of_system(error: SafetensorError) -> OSError:
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)  # Windows would change line ends
+    descriptor = os.open(path, how, 0o644)
     try:
         rest = memoryview(content)
         while rest:  # a full disk may take a part before it refuses

@@ -73,11 +73,12 @@ def resumption(
         _refuse_unless_new(folder, how)
         return None
     state = found.snapshot.state
-    _same_data(folder, state, terms)  # first: of other data, the plan differs too, and no change is allowed
-    replaces = _same_plan(folder, state, plan, changed=how == "changed")
-    lines, ended_at = _journal(folder)
     notes = [f"passed over {words}" for words in found.passed_over]
     made, was = made_by(on), state.made
+    # Data first: of others, the plan differs too, and no change is allowed.
+    notes += _same_data(folder, state, terms, same_versions=(made.lehr, made.torch) == (was.lehr, was.torch))
+    replaces = _same_plan(folder, state, plan, changed=how == "changed")
+    lines, ended_at = _journal(folder)
     other = [
         f"{name} {getattr(made, name)}, was {getattr(was, name)}"
         for name in ("lehr", "torch", "device", "precision", "threads")
@@ -85,9 +86,13 @@ def resumption(
     ]
     if other:
         notes.append(f"the result will be close, not the same to the bit: {'; '.join(other)}")
-    return Resumption(
-        found, min(state.records, lines), replaces, ended_at == state.at.step and not replaces, tuple(notes)
-    )
+    ended = ended_at == state.at.step and not replaces
+    if (
+        ended and not folder.weights.is_file()
+    ):  # a disk was full to the last: the end is done again, and leaves them
+        ended = False
+        notes.append("this run has ended already, without its best weights; they are written again")
+    return Resumption(found, min(state.records, lines), replaces, ended, tuple(notes))
 
 
 def nothing_good(why: DamageError) -> str:
@@ -164,26 +169,27 @@ def _same_plan(folder: RunFolder, state: State, plan: Plan, *, changed: bool) ->
     return state.plan_hash
 
 
-def _same_data(folder: RunFolder, state: State, terms: Terms) -> None:
+def _same_data(folder: RunFolder, state: State, terms: Terms, *, same_versions: bool) -> list[str]:
+    """Refuse other data. Samples that were computed may come out otherwise in other versions: that is a note."""
+    notes = []
     for what, was, now in (("train", state.train, terms.train), ("valid", state.valid, terms.valid)):
         said = _difference(was, now)
-        if said:
+        if said and was and was.kind == "probes" and not same_versions:
+            notes.append(f"{what}: perhaps not the data that the run was begun with: {said}")
+        elif said:
             raise CheckpointError(
                 f"{folder.path}: {what}: not the data that the run was begun with: {said}; "
                 "give the same data, or begin a new run"
             )
+    return notes
 
 
 def _difference(was: Fingerprint | None, now: Fingerprint | None) -> str:
-    if was is None or now is None:
-        return (
-            ""
-            if was is now
-            else "none where there were some"
-            if now is None
-            else "some where there were none"
-        )
-    return difference(was, now)
+    if was and now:
+        return difference(was, now)
+    if was is None and now is None:
+        return ""
+    return "some where there were none" if now else "none where there were some"
 
 
 def _journal(folder: RunFolder) -> tuple[int, int | None]:

@@ -31,11 +31,14 @@ RETRY = 60.0
 
 @dataclass
 class _Writing:
-    """What a thread writes, and what came of it. Without a snapshot it is the weights of best epochs alone."""
+    """What a thread writes, and what came of it: weights of the best of the first `epochs`, and a snapshot, where
+    there is one.
+    """
 
     step: int
     stall: float
     snapshot: Snapshot | None
+    epochs: int
     retry: float = RETRY
     bytes: int = 0
     seconds: float = 0.0
@@ -68,11 +71,12 @@ class Saver:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._folder, self._take, self._tell = folder, take, tell
+        self._said, self._take, self._tell = folder.path, take, tell
+        self._folder = RunFolder(folder.path.absolute())  # the program may change its working directory
         self._every, self._most = cadence.every, cadence.keep
         self._by_time = cadence.every.unit not in ("steps", "epochs")
         self._clock = clock
-        self._files = CheckpointFolder(folder.checkpoints)
+        self._files = CheckpointFolder(self._folder.checkpoints)
         self._best: dict[int, Weights] = {}  # not on the disk yet
         self._best_of_run: int | None = None
         self._last_was(Moment(0, 0, clock()))
@@ -90,7 +94,7 @@ class Saver:
         self.save(step, epoch, wait=True)
         if self.problem:
             raise RunError(
-                f"{self._folder.path}: the run cannot be saved, so it was not begun: {self.problem}; "
+                f"{self._said}: the run cannot be saved, so it was not begun: {self.problem}; "
                 "free some space, or choose another directory"
             )
 
@@ -105,7 +109,7 @@ class Saver:
         self._best[epoch] = weights
         if of_run:
             self._best_of_run = epoch
-        self._start(_Writing(epoch, 0.0, None))
+        self._start(_Writing(epoch, 0.0, None, epoch + 1))
 
     def offer(self, step: int, epoch: int, *, epoch_ended: bool = False) -> None:
         """Save the run after `step` updates, in `epoch`, if it is time; cheap enough for every step."""
@@ -140,7 +144,8 @@ class Saver:
             self._best.pop(spare, None)
         self._last_was(Moment(step, epoch, self._clock()))
         self._retry_at = math.inf
-        self._start(_Writing(step, self._last.seconds - began, snapshot, retry=0.0 if wait else RETRY))
+        stall, retry = self._last.seconds - began, 0.0 if wait else RETRY
+        self._start(_Writing(step, stall, snapshot, epoch, retry=retry))
         if wait:
             self.wait()
 
@@ -155,7 +160,7 @@ class Saver:
         self.wait()
         if self.problem and self._taken:
             # Not a new one: the model has its best weights by now, and those of the last step are in this.
-            self._start(_Writing(step, 0.0, self._taken, retry=0.0))
+            self._start(_Writing(step, 0.0, self._taken, self._taken.state.at.epoch, retry=0.0))
             self.wait()
         try:
             if epoch is None:
@@ -189,6 +194,8 @@ class Saver:
         began = self._clock()
         try:
             for epoch, weights in tuple(self._best.items()):
+                if epoch >= writing.epochs:  # the checkpoint does not know it, and would have it removed
+                    continue
                 path = self._files.keep(epoch, weights)
                 if epoch == self._best_of_run:
                     link(path, self._folder.weights)

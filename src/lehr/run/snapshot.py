@@ -41,9 +41,11 @@ class Copies:
         copies = {name: self._pool[name] for name in tensors}
         with torch.no_grad():
             for name, tensor in tensors.items():
-                copies[name].copy_(tensor, non_blocking=True)
-        if any(tensor.device.type == "cuda" for tensor in tensors.values()):
-            torch.cuda.synchronize()
+                copies[name].copy_(
+                    tensor, non_blocking=tensor.device.type == "cuda"
+                )  # MPS would not be waited for
+        for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
         return copies
 
 

@@ -20,6 +20,10 @@ _USUAL: dict[signal.Signals, Any] = {
     if number.name in ("SIGINT", "SIGTERM", "SIGHUP")  # the last is unknown on Windows
 }
 
+_OF_CHILDREN = [number for number in signal.Signals if number.name == "SIGCHLD"]
+"""Unheard while a stop is wanted: a SIGTERM to all processes of a job kills the workers too, of which torch would
+raise an error in the middle of the step that is to be finished."""
+
 
 class Stopped(BaseException):
     """The person, or the system, wants the run to stop; the state is that of a whole step."""
@@ -75,6 +79,10 @@ def stopping(*, saved: bool = True) -> Iterator[Stop]:
         stop.signal = number
         for each in before.keys() & {signal.SIGINT, signal.SIGTERM}:
             signal.signal(each, before[each])
+        for each in _OF_CHILDREN:
+            if (handler := signal.getsignal(each)) is not None:
+                before[each] = handler
+                signal.signal(each, signal.SIG_DFL)
         if sys.__stderr__ is not None:  # else its number may be another file's
             with suppress(OSError, ValueError):  # not print: a signal may come in the middle of one
                 os.write(sys.__stderr__.fileno(), said)

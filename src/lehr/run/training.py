@@ -117,6 +117,8 @@ class Training:
 
     def windows(self, stage: PlannedStage, start: int) -> Iterator[Window]:
         """The windows of batches of the epoch that began at step `start`, from here on."""
+        if self.epoch_random is not None and self.step == start:  # saved when its first window had failed
+            self._randomness.put(self.epoch_random)
         rewound = self._randomness.rewound(self.epoch_random)
         return self.feed.windows(stage, self.epoch, self.step - start, rewound)
 

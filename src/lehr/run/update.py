@@ -210,11 +210,13 @@ def scalar_loss(returned: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Te
 
 
 def placed(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`; copies from pinned memory do not wait."""
+    """The batch with its tensors on `device`; copies from pinned memory to CUDA do not wait (on MPS, memory that is
+    given back too early would be read).
+    """
     if device.type == "cpu":
         return batch
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=device.type == "cuda")
     if isinstance(batch, Mapping):
         return {key: placed(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
