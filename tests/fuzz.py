@@ -28,7 +28,7 @@ from lehr.data.images import read_image
 from lehr.data.listing import Finding, Item, Listing
 from lehr.data.transforms import Transform
 from lehr.duration import Duration
-from lehr.errors import DataError, LehrError
+from lehr.errors import CheckpointError, DataError, LehrError
 from lehr.event_json import format_line, parse_line
 from lehr.events import EpochEnded, Note, Record, StepsTaken
 from lehr.journal import read_journal
@@ -36,11 +36,13 @@ from lehr.notation import read_schedule
 from lehr.plan_json import content_hash, dumps
 from lehr.planning import Plan
 from lehr.recipe import load_recipe
+from lehr.run import state as states
 from lehr.run.reload import Card, read_card
 from lehr.run.weights import read_weights
 from lehr.untrusted import printable_lines
 from plans import TWO_STAGES, plan_of
 from strategies import durations, joins, recipes
+from test_state import PLAIN as STATE
 
 Inputs = st.SearchStrategy[bytes]
 _TOKENS = (
@@ -171,6 +173,24 @@ def rehashed(draw: st.DrawFn, plain: Any) -> bytes:
         ).encode()
     except (ValueError, RecursionError):
         return content
+
+
+@st.composite
+def lying_state(draw: st.DrawFn) -> bytes:
+    """A lying checkpoint that has the hash of what it says."""
+    content = draw(lying_json(STATE))
+    try:
+        whole = {key: value for key, value in json.loads(content).items() if key != "hash"}
+        return json.dumps({**whole, "hash": states._hash(whole)}).encode()
+    except (ValueError, RecursionError, AttributeError):
+        return content
+
+
+def _read_state(_: Path, content: bytes) -> object:
+    try:
+        return states.loads(content)
+    except states.DamageError as why:
+        raise CheckpointError(str(why)) from None
 
 
 @st.composite
@@ -508,6 +528,7 @@ def readers() -> dict[str, Reader]:
         Reader("pth", any_of([pth()]) | lying_pth(), lambda p, _: read_weights(p), "w.pth"),
         Reader("old pth", any_of([pth(old=True)]), lambda p, _: read_weights(p), "w.pth"),
         Reader("card", any_of([json.dumps(card()).encode()]) | lying_json(card()), lambda p, _: read_card(p.parent), "model.json"),
+        Reader("checkpoint", any_of([json.dumps(STATE).encode()]) | lying_state(), _read_state),
         Reader("listing", lying_json(_listing()), _read_listing, "data.json", worded=False),
     ]  # fmt: skip
     return {reader.name: reader for reader in all_readers}

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lehr.resolving import resolve
 from lehr.run.checkpoint import CheckpointFolder
 from lehr.run.facts import inspect
 from lehr.run.folder import RunFolder
+from lehr.run.lock import is_held
 from lehr.run.models import DIGITS_NET, Made, check_fit, check_name, make_model
 from lehr.run.optimizer import optimizer
 from lehr.run.reload import CARD, Card, read_card
@@ -336,6 +338,8 @@ def new_run(job: Job, out: str | None) -> Iterator[RunFolder]:
         draw_plan(job.plan, folder.path / _PICTURE)
         yield folder
     except BaseException as error:
+        if is_held(folder.lock):  # by another process, which was faster: all that is there is its own
+            raise
         begun = has_begun(folder)
         if not begun:
             if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
@@ -372,10 +376,16 @@ def _discard(folder: Path, ours: Sequence[Path]) -> None:
 def _free_name(job: Job) -> Path:
     source = Path(job.request.data).expanduser().absolute()
     name = f"{_plain(source.stem if source.suffix == '.npz' else source.name)}-{_plain(job.model_name)}"
-    number = 1
-    while (Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return Path("runs") / f"{name}-{number}"
+    for number in count(1):
+        path = Path("runs") / f"{name}-{number}"
+        try:
+            path.mkdir(parents=True)  # made at once: two that begin at the same time take two names
+        except FileExistsError:
+            continue
+        except OSError:  # said where it is made
+            break
+        break
+    return path
 
 
 def _plain(text: str) -> str:

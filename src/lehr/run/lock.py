@@ -49,6 +49,23 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(path: Path) -> bool:
+    """Whether a run, in this process or another, holds the lock at `path` now."""
+    if os.path.realpath(path) in _held:  # opening and closing it would give up this process's own
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        _lock(descriptor)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _taken(path: Path, who: str) -> str:
     return (
         f"{path.parent}: {who} trains in this directory now; let it end, or stop it, "

@@ -87,9 +87,7 @@ def resumption(
     if other:
         notes.append(f"the result will be close, not the same to the bit: {'; '.join(other)}")
     ended = ended_at == state.at.step and not replaces
-    if (
-        ended and not folder.weights.is_file()
-    ):  # a disk was full to the last: the end is done again, and leaves them
+    if ended and not folder.weights.is_file():  # a disk was full to the last; the end is done again
         ended = False
         notes.append("this run has ended already, without its best weights; they are written again")
     return Resumption(found, min(state.records, lines), replaces, ended, tuple(notes))

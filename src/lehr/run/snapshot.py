@@ -41,9 +41,8 @@ class Copies:
         copies = {name: self._pool[name] for name in tensors}
         with torch.no_grad():
             for name, tensor in tensors.items():
-                copies[name].copy_(
-                    tensor, non_blocking=tensor.device.type == "cuda"
-                )  # MPS would not be waited for
+                beside = tensor.device.type == "cuda"  # nothing here would wait for MPS
+                copies[name].copy_(tensor, non_blocking=beside)
         for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
             torch.cuda.synchronize(device)
         return copies

@@ -47,6 +47,10 @@ class Stop:
         return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 
+def _unheard(_: int, __: FrameType | None) -> None:
+    """Not SIG_DFL: of a signal that is on its way Python would say that it was ignored."""
+
+
 def was_asked(error: BaseException) -> bool:
     """Whether an error is a wish to stop: Ctrl-C, or what `Stop.leave` makes of the other signals."""
     codes = [128 + number for number in _USUAL if number != signal.SIGINT]
@@ -82,7 +86,7 @@ def stopping(*, saved: bool = True) -> Iterator[Stop]:
         for each in _OF_CHILDREN:
             if (handler := signal.getsignal(each)) is not None:
                 before[each] = handler
-                signal.signal(each, signal.SIG_DFL)
+                signal.signal(each, _unheard)
         if sys.__stderr__ is not None:  # else its number may be another file's
             with suppress(OSError, ValueError):  # not print: a signal may come in the middle of one
                 os.write(sys.__stderr__.fileno(), said)
