@@ -474,3 +474,23 @@ def test_a_type_that_files_cannot_hold_is_told(folder: CheckpointFolder) -> None
     """A type that safetensors does not know is an error of writing, in words."""
     with pytest.raises(OSError, match=r"cannot hold torch.complex128|complex128"):
         folder.write(replace(snapshot(40), tensors={"a": torch.zeros(2, dtype=torch.complex128)}))
+
+
+def test_a_checkpoint_that_was_passed_over_does_not_count(tmp_path: Path) -> None:
+    """After a resume from the one before, a damaged checkpoint does not take a good one's place among those kept."""
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        folder.write(snapshot(step))
+    damaged = tmp_path / "checkpoints" / "0003-step-3.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    again = CheckpointFolder(tmp_path / "checkpoints")
+    found = again.newest()
+    assert found is not None
+    assert found.name.endswith("0002-step-2")
+    again.trust(found.snapshot.state)
+    again.write(snapshot(4))
+    again.prune(2)
+    assert {p.name for p in (tmp_path / "checkpoints").glob("*.json")} >= {
+        "0002-step-2.json",
+        "0004-step-4.json",
+    }

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +26,12 @@ from PIL import Image
 
 from lehr import job as jobs
 from lehr.__main__ import main
-from lehr.errors import DataError
+from lehr.errors import DataError, RequestError
 from lehr.planning import Plan
 from lehr.recipe import load_recipe
 from lehr.resolving import resolve
 from lehr.run import files, models, weights
+from lehr.run.folder import opened
 from lehr.run.update import Update
 
 SHORT = ("--set", "stages.0.length=1 epochs", "--set", "stages.1.length=1 epochs")
@@ -429,7 +431,7 @@ def test_an_interrupted_run_says_so(lehr: Lehr, tmp_path: Path, monkeypatch: pyt
     failing(monkeypatch, KeyboardInterrupt(), 8)
     said = lehr("fit", *QUICK, "--out", "run")
     assert said.code == 130
-    assert said.last == "lehr: interrupted"
+    assert said.last == "to go on: lehr resume run"
     assert "the best weights so far are kept: lehr predict run IMAGE..." in said.err
     assert journal(tmp_path / "run")[-1] == "interrupted"
 
@@ -676,3 +678,18 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
         said = process.stderr.read()
     assert process.returncode == 1
     assert said in ("", "next: lehr fit digits\n")
+
+
+def test_a_directory_that_another_run_has_taken_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that begin in one directory at the same moment, the one that is refused takes nothing away."""
+    monkeypatch.chdir(tmp_path)
+    job = jobs.prepare(jobs.Request("digits"), fetch=False)
+    with jobs.new_run(job, "run") as first, ExitStack() as training:
+        with pytest.raises(RequestError, match="holds a run"), jobs.new_run(job, "run") as second:  # noqa: PT012
+            training.enter_context(opened(first.path, resume=False))
+            first.journal.touch()
+            opened(second.path, resume=False).__enter__()
+        assert first.journal.exists()
+        assert (first.path / "model.json").is_file()

@@ -32,7 +32,7 @@ import lehr
 import small_run
 from breaking import FIT, Fault, ends
 from lehr.errors import FeedError, NonFiniteError, RunError
-from lehr.events import CheckpointWritten, EpochEnded, Interrupted, Resumed, RunFailed
+from lehr.events import CheckpointWritten, EpochEnded, Interrupted, Resumed, RunFailed, StageStarted
 from lehr.journal import Journal, read_journal
 from lehr.run import loop
 from lehr.run.checkpoint import CheckpointFolder
@@ -128,8 +128,7 @@ def test_what_ctrl_c_says(tmp_path: Path) -> None:
     is_plain(ended)
     said = ended.said.splitlines()
     assert "stopping after this step, with a checkpoint; Ctrl-C again leaves at once" in said
-    assert f"to go on: lehr resume {tmp_path / 'run'}" in said
-    assert said[-1] == "lehr: interrupted"
+    assert said[-1] == f"to go on: lehr resume {tmp_path / 'run'}"
 
 
 def test_a_second_ctrl_c(tmp_path: Path, whole: dict[str, Any]) -> None:
@@ -655,6 +654,33 @@ def test_a_data_set_that_raises(workers: int, tmp_path: Path) -> None:
     assert str(failed.value).startswith(f"step {state.at.step}: ")
     resumed = small_fit(out, train=samples(), resume=True)
     assert small_run.came_to(resumed) == small_run.came_to(small_fit(tmp_path / "whole", train=samples()))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_loader_whose_first_sample_of_an_epoch_fails(epoch: int, tmp_path: Path) -> None:
+    """What a person's loader drew at random before a sample failed is drawn again: the same order, the same bits."""
+    drawn: list[int] = []
+
+    class Failing(Samples):
+        def __getitem__(self, index: int) -> Any:
+            drawn.append(index)
+            if self.fault and len(drawn) == epoch * len(self) + 1:
+                self.fault()
+            return super(Samples, self).__getitem__(index)
+
+    def trained(out: str, fault: Fault | None = None, **said: Any) -> Any:
+        data = Failing(*small_run.data().tensors)
+        data.fault = fault
+        begun: Any = lambda event: drawn.clear() if isinstance(event, StageStarted) else None  # noqa: E731
+        loader = DataLoader(data, batch_size=8, shuffle=True)
+        return small_run.came_to(small_fit(tmp_path / out, train=loader, observers=[begun], **said))
+
+    with pytest.raises(FeedError):
+        trained("run", partial(raising, OSError("gone")))
+    state = CheckpointFolder(tmp_path / "run" / "checkpoints").newest_state()
+    assert state is not None
+    assert state.at.epoch == epoch
+    assert trained("run", resume=True) == trained("whole")
 
 
 @FORKS

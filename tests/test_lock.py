@@ -185,3 +185,19 @@ def test_a_run_holds_it(tmp_path: Path) -> None:
     assert all("another process trains" in said for said in refused)
     assert result.history[-1]["step"] == 2
     assert taken(tmp_path / "run" / ".lock") == ""
+
+
+def test_whether_a_lock_is_held_can_be_asked(tmp_path: Path) -> None:
+    """Asking changes nothing: neither of a file that is not there, nor of a lock of this process or another."""
+    path = tmp_path / ".lock"
+    assert not lock.is_held(path)
+    assert not path.exists()
+    with locked(path):
+        assert lock.is_held(path)
+        assert ended(lambda: os._exit(_asked_from_outside(path))) == 7  # it is still held
+    assert not lock.is_held(path)
+
+
+def _asked_from_outside(path: Path) -> int:
+    lock._held.clear()
+    return 7 if lock.is_held(path) else 0

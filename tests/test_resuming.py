@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import lehr
 from lehr.errors import CheckpointError, LehrError, RecipeError, RequestError, RunError
-from lehr.events import Note, Resumed, RunEnded, RunStarted
+from lehr.events import Note, Resumed, RunEnded, RunStarted, StepsTaken
 from lehr.journal import read_journal
 from lehr.planning import Plan
 from lehr.recipe import Recipe, Stage, load_recipe
@@ -222,7 +222,8 @@ def test_another_plan_is_refused_with_the_difference(what: str, stopped: Path) -
     said = {key: value() if callable(value) else value for key, value in said.items()}
     found = refusal(stopped, **said)
     assert re.search(words, found), found
-    assert 'resume="changed"' in found
+    can_be = what in ("lr", "length", "ema")
+    assert ('resume="changed"' if can_be else "it cannot go on with what has changed") in found
     assert re.search(words, refusal(stopped, resume="auto", **said))
 
 
@@ -374,6 +375,16 @@ def test_an_ended_run_is_not_trained_again(how: Any, tmp_path: Path) -> None:
     assert [type(event) for event in told] == [Note]
 
 
+def test_an_ended_run_without_its_best_weights(ended: Path) -> None:
+    """Weights that could not be written at the very end are written by the resume, which trains nothing."""
+    before = (ended / "best.safetensors").read_bytes()
+    (ended / "best.safetensors").unlink()
+    told = list[Any]()
+    fit(ended, resume=True, stop=1, observers=[told.append])
+    assert (ended / "best.safetensors").read_bytes() == before
+    assert not any(isinstance(event, StepsTaken) for event in told)
+
+
 def test_an_ended_run_whose_end_was_not_told(ended: Path) -> None:
     """A run that was killed after its last checkpoint, and before it told its end, ends now, with the same bits."""
     path = ended / "journal.jsonl"
@@ -417,7 +428,8 @@ def test_a_change_that_can_be(what: str, stopped: Path) -> None:
     assert [events(stopped)[i].step for i in resumed] == [8]
     assert [e.plan_hash for e in events(stopped) if isinstance(e, RunStarted)][-1] == plan.hash
     assert fit(stopped, resume=True, recipe=new) is not None
-    assert 'resume="changed"' in refusal(stopped)
+    words = "it cannot go on with what has changed" if what == "longer" else 'resume="changed"'
+    assert words in refusal(stopped)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -513,3 +513,32 @@ def test_best_weights_do_not_hold_up_the_steps(world: World, disk: Disk) -> None
     world.idle()
     assert best_of(world.run) == 1.0
     assert world.on_disk() == 9
+
+
+def test_best_weights_that_a_waiting_checkpoint_does_not_know_stay(tmp_path: Path, disk: Disk) -> None:
+    """Where the disk is so slow that an epoch ends before the last one's checkpoint is begun, its weights stay."""
+    world = World(tmp_path / "run", every="1 epoch", keep=1)
+    world.saver.begin()
+    disk.gate, world.best = threading.Event(), (0,)
+    world.saver.keep(0, weights(0.0), True)  # stands at the gate, and the checkpoint behind it
+    assert world.offer(10)
+    world.best = (0, 1)
+    world.saver.keep(1, weights(1.0), False)
+    disk.gate.set()
+    world.saver.wait()
+    assert world.on_disk() == 10
+    assert (world.run / "checkpoints" / "best-1.safetensors").is_file()
+
+
+def test_a_program_that_changes_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's relative directory is where it was when the run began."""
+    monkeypatch.chdir(tmp_path)
+    world = World(Path("run"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    world.saver.begin()
+    world.saver.finish(0, weights(1.0), None)
+    monkeypatch.chdir(tmp_path)
+    assert world.on_disk() == 0
+    assert best_of(world.run) == 1.0
+    assert not world.saver.problem

@@ -428,3 +428,23 @@ def test_a_program_ends_with_its_code(tmp_path: Path) -> None:
     assert done.returncode == 143, done.stderr
     assert done.stderr == f"\n{SAID}\n"
     assert saved_steps(tmp_path / "run") == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="needs SIGCHLD")
+def test_what_children_do_is_unheard_while_a_stop_is_wanted() -> None:
+    """Workers that die of the signal that stops the run raise nothing in the step that is to be finished."""
+
+    def heard(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    before = signal.signal(signal.SIGCHLD, heard)
+    try:
+        with stopping() as stop:
+            with pytest.raises(RuntimeError, match="is killed"):
+                signal.raise_signal(signal.SIGCHLD)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGCHLD)
+            assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGCHLD) is heard
+    finally:
+        signal.signal(signal.SIGCHLD, before)

@@ -59,12 +59,11 @@ def main(context: click.Context) -> None:
 def fit(out: str | None, scratch: bool | None, **asked: Any) -> None:
     """Fine-tune a model on DATA, in stages."""
     from lehr import job as jobs
-    from lehr.cadence import checkpoint_settings
     from lehr.run.precision import arithmetic
 
     said = _run_said(asked)
     arithmetic(said.get("device", "auto"), said.get("precision", "auto"))  # refused before the data are read
-    checkpoint_settings(said["checkpoint"], where="--checkpoint")
+    _check_every(said)
     job = _prepared(_request(asked), fetch=True)
     with jobs.new_run(job, out) as folder:
         _say(f"{job.model_name} on {job.request.data}: {len(job.data.classes)} classes, run in {folder.path}")
@@ -76,7 +75,7 @@ def fit(out: str | None, scratch: bool | None, **asked: Any) -> None:
         _kept(job, folder)
 
 
-@main.command()
+@main.command(short_help="Go on with RUN from its last checkpoint.")
 @click.argument("run")
 @click.option("--extend", metavar="LENGTH", help='Train the last stage longer: "10 epochs", "400 steps".')
 @setting_option
@@ -87,6 +86,7 @@ def resume(run: str, extend: str | None, data: str | None, settings: tuple[str, 
     from lehr import job as jobs
 
     said = _run_said(asked)
+    _check_every(said)
     job = _with_bar(
         lambda checked: jobs.prepare_again(run, data=data, settings=settings, extend=extend, progress=checked)
     )
@@ -94,13 +94,14 @@ def resume(run: str, extend: str | None, data: str | None, settings: tuple[str, 
     said = {**begun, **said, "checkpoint": {**begun["checkpoint"], **said["checkpoint"]}}
     changed = extend is not None or bool(settings)
     change = jobs.change(job, folder) if changed else None
+    _say(f"{job.model_name} on {job.request.data}: {len(job.data.classes)} classes, run in {folder.path}")
     if change:
         _say(str(change))
     _train(job, folder, {**said, "resume": "changed" if changed else True}, change)
     _kept(job, folder)
 
 
-@main.command()
+@main.command(short_help="Prove that a stopped run ends with the same bits.")
 @click.argument("what", metavar="RECIPE|RUN")
 @click.option(
     "--data", metavar="DATA", help="The recipe's data, or where a run's are now.  [default: digits]"
@@ -148,6 +149,14 @@ def _run_said(asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check_every(said: dict[str, Any]) -> None:
+    """Refuse a `--checkpoint` that does not say how often, before anything is read."""
+    from lehr.cadence import Every
+
+    if "every" in said["checkpoint"]:
+        Every.parse(said["checkpoint"]["every"], where="--checkpoint")
+
+
 def _train(job: Job, folder: RunFolder, said: dict[str, Any], change: Change | None = None) -> Any:
     """Train into `folder`, and say how to go on where it ends early; the best epoch's row."""
     from lehr.errors import RequestError
@@ -174,6 +183,9 @@ def _train(job: Job, folder: RunFolder, said: dict[str, Any], change: Change | N
         ).best
     except RequestError:  # nothing was changed: another process trains there, say
         raise
+    except KeyboardInterrupt:  # the last line is the one to copy
+        _say_what_is_left(folder)
+        sys.exit(130)
     except BaseException:
         _say_what_is_left(folder)
         raise

@@ -219,7 +219,8 @@ def begun_run(run: str) -> tuple[RunFolder, dict[str, Any]]:
         raise CheckpointError(f"{run}: {nothing_good(why)}") from None
     if state is None:
         raise CheckpointError(
-            f"{run}: holds no checkpoint to go on from; it was stopped before its first step, so begin it anew"
+            f"{run}: holds no checkpoint to go on from: the run was stopped before its first step, or its "
+            "checkpoints were removed; begin a new run in another directory"
         )
     made = state.made
     return folder, {
@@ -239,6 +240,12 @@ def change(job: Job, folder: RunFolder) -> Change | None:
     was = Plan.load(folder.path / "plan.json")
     if state is None or was.hash == job.plan.hash:
         return None
+    if was.augment != job.plan.augment:  # else it would be said of the data, which a person has not touched
+        raise RecipeError(
+            f"{folder.path}: augment: {', '.join(job.plan.augment) or 'none'}, was "
+            f"{', '.join(was.augment) or 'none'}; a run keeps its samples and how they are changed, so leave it "
+            "as it was, or begin a new run"
+        )
     at = state.at
     check_continuation(was, job.plan, stage=at.stage, epoch=at.epoch, step=at.step)
     return Change(was, job.plan, at.step, folder.path / _PICTURE)
@@ -256,8 +263,11 @@ def _no_run(folder: Path) -> str:
         )
     if folder.is_dir():
         return "not a run directory; expected one that lehr fit made"
+    if folder.is_file():
+        return "a file; expected the directory of a run that lehr fit made"
     runs = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-    return f"no such directory{nearest(folder.name, runs)}"
+    near = nearest(folder.name, runs)
+    return f"no such directory{near if near != '.' else '; expected one that lehr fit made'}"
 
 
 def _read_listing(path: Path) -> Listing:

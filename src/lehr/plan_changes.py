@@ -202,7 +202,7 @@ def _settings(was: Plan, now: Plan) -> Iterator[str]:
     for key in ("seed", "ema", "clip_norm", "min_lr", "label_smoothing", "monitor", "patience", "augment"):
         old, new = getattr(was, key), getattr(now, key)
         if old != new:
-            yield f"{key} {_pair(new, old)}"
+            yield f"min_lr {new:g}, was {old:g}" if key == "min_lr" else f"{key} {_pair(new, old)}"
 
 
 def _word(value: object) -> str:

@@ -162,7 +162,8 @@ def _not_stopped(trials: Trials, tell: Tell) -> Outcome:
             f"{count} {what}{'' if count == 1 else 's'}"
             for count, what in ((audit.parameters, "parameter"), (audit.buffers, "buffer"))
         )
-        tell(f"frozen in stage {stage} ({audit.label}): {parameters} and {buffers}, unchanged to the bit")
+        kept = f"{parameters} and {buffers}, unchanged to the bit"
+        tell(f"frozen in stage {stage} ({audit.label}): {kept if audit.parameters else 'nothing'}")
     return whole
 
 

@@ -66,6 +66,7 @@ class CheckpointFolder:
 
     path: Path
     _sums: dict[int, FileSum] = field(default_factory=dict)
+    _spoiled: set[int] = field(default_factory=set)
 
     def write(self, snapshot: Snapshot) -> int:
         """Write a checkpoint, and the weights of best epochs that are not kept yet.
@@ -140,6 +141,12 @@ class CheckpointFolder:
     def trust(self, state: State) -> None:
         """Know of the best weights what a checkpoint that was found good says of them."""
         self._sums = {e: s for e in kept_epochs(state) if (s := state.files.get(f"best-{e}"))}
+        self._spoiled.clear()
+        for number, stem in sorted(self._named("json"), reverse=True):
+            with suppress(DamageError):
+                if loads(_text(self.path / f"{stem}.json")).files == state.files:
+                    break
+            self._spoiled.add(number)  # newer, and was passed over
 
     def newest_state(self) -> State | None:
         """The state of the newest checkpoint whose JSON is good, whatever its tensors are; None without one.
@@ -164,6 +171,8 @@ class CheckpointFolder:
         """
         oldest, needed = -1, set[int]()
         for number, stem in sorted(self._named("json"), reverse=True):
+            if number in self._spoiled:
+                continue
             with suppress(DamageError):  # what cannot be read does not count as one of those to keep
                 needed |= kept_epochs(loads(_text(self.path / f"{stem}.json")))
                 oldest, keep = number, keep - 1

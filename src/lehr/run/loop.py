@@ -175,7 +175,7 @@ def fit(
             run.put(resumed.found.snapshot)
         if resumed and resumed.ended:  # the same result once more: nothing is trained or written
             for observer in observers:
-                observer(Note("this run has ended already, and nothing is trained again"))
+                observer(Note("this run has ended already, and nothing is trained again; it can be extended"))
             _trained(run, judge, lambda _: None, None, Stop())
         else:
             first: list[Event] = [run_started(plan, training, validation, on)]

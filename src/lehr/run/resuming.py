@@ -155,15 +155,22 @@ def _same_plan(folder: RunFolder, state: State, plan: Plan, *, changed: bool) ->
             f"{folder.path}: the checkpoint is of another plan, and plan.json is not the one that it was made "
             "by; put recipe.toml and plan.json back, or begin a new run"
         )
+    at = state.at
+    try:
+        check_continuation(was, plan, stage=at.stage, epoch=at.epoch, step=at.step)
+        way = (
+            "or, to go on with what has changed, say so "
+            f'(lehr resume {folder.path} --set KEY=VALUE or --extend "10 epochs"; in Python resume="changed")'
+        )
+    except RecipeError as error:
+        if changed:
+            raise
+        way = f"it cannot go on with what has changed:\n  {error}"
     if not changed:
         lines = "".join(f"\n  {line}" for line in differences)
         raise CheckpointError(
-            f"{folder.path}: this is not the run that was begun there:{lines}\n"
-            "Make it the same again; or, to go on with what has changed, say so "
-            '(lehr resume RUN --set KEY=VALUE or --extend "10 epochs"; in Python resume="changed")'
+            f"{folder.path}: this is not the run that was begun there:{lines}\nMake it the same again; {way}"
         )
-    at = state.at
-    check_continuation(was, plan, stage=at.stage, epoch=at.epoch, step=at.step)
     return state.plan_hash
 
 

@@ -7,9 +7,11 @@ This file must not know what a state consists of (`training.py`) or how its file
 
 from __future__ import annotations
 
+import atexit
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +29,18 @@ from lehr.run.watch import Tell
 
 RETRY = 60.0
 """Seconds after which a checkpoint that could not be written is tried again."""
+
+
+_AT_ONCE = 5.0  # seconds
+_under_way_anywhere: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _let_go() -> None:
+    """An interpreter that ends under a thread that writes aborts: who leaves at once waits for it a little."""
+    for thread in tuple(_under_way_anywhere):
+        if thread.is_alive():
+            thread.join(_AT_ONCE)
 
 
 @dataclass
@@ -185,6 +199,7 @@ class Saver:
         # A daemon: who leaves at once does not wait for it, and half a file is no checkpoint.
         writing.thread = threading.Thread(target=self._write, args=(writing, before), daemon=True)
         self._writings.append(writing)
+        _under_way_anywhere.add(writing.thread)
         writing.thread.start()
 
     def _write(self, writing: _Writing, before: threading.Thread | None) -> None:
