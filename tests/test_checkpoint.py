@@ -479,18 +479,18 @@ def test_a_type_that_files_cannot_hold_is_told(folder: CheckpointFolder) -> None
 def test_a_checkpoint_that_was_passed_over_does_not_count(tmp_path: Path) -> None:
     """After a resume from the one before, a damaged checkpoint does not take a good one's place among those kept."""
     folder = CheckpointFolder(tmp_path / "checkpoints")
-    for step in (1, 2, 3):
+    for step in (10, 20, 30):
         folder.write(snapshot(step))
-    damaged = tmp_path / "checkpoints" / "0003-step-3.safetensors"
+    damaged = tmp_path / "checkpoints" / "0003-step-30.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     again = CheckpointFolder(tmp_path / "checkpoints")
     found = again.newest()
     assert found is not None
-    assert found.name.endswith("0002-step-2")
+    assert found.name.endswith("0002-step-20")
     again.trust(found.snapshot.state)
-    again.write(snapshot(4))
+    again.write(snapshot(40))
     again.prune(2)
     assert {p.name for p in (tmp_path / "checkpoints").glob("*.json")} >= {
-        "0002-step-2.json",
-        "0004-step-4.json",
+        "0002-step-20.json",
+        "0004-step-40.json",
     }

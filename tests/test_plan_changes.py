@@ -73,7 +73,7 @@ def without(*names: str) -> ModelFacts:
         (changed(seed=7), ["seed 7, was 0"]),
         (changed(ema=0.999), ["ema 0.999, was none"]),
         (changed(clip_norm=1.0), ["clip_norm 1, was none"]),
-        (changed(min_lr=1e-6), ["min_lr 1e-06, was none"]),
+        (changed(min_lr=1e-6), ["min_lr 1e-06, was 0"]),
         (changed(label_smoothing=0.1), ["label_smoothing 0.1, was none"]),
         (changed(monitor="valid_accuracy"), ["monitor valid_accuracy, was valid_loss"]),
         (changed(patience="3 epochs"), ["patience 3, was none"]),
