@@ -27,6 +27,7 @@ from typing import Any
 
 from checkpoint_contestants import CONTESTANTS
 from checkpoint_table import Run, problems, rows
+from machine import machine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -139,7 +140,7 @@ def _page(runs: Sequence[Run], asked: argparse.Namespace, wrong: Sequence[str]) 
         "",
         *_own_words(runs),
         f"Versions: {', '.join(f'{k} {v}' for k, v in _versions(runs).items())}.",
-        f"Machine: {_machine()}; load average at the end {os.getloadavg()[0]:.2f}.",
+        f"Machine: {machine()}; load average at the end {os.getloadavg()[0]:.2f}.",
         f"Command: `{_command()}`",
     ]
     lines += ["", "**Not valid:**", *(f"- {problem}" for problem in wrong)] if wrong else []
@@ -178,15 +179,6 @@ def _versions(runs: Sequence[Run]) -> dict[str, str]:
     return found
 
 
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    described = Path("/proc/cpuinfo")
-    if described.exists():
-        named = [line for line in described.read_text().splitlines() if line.startswith("model name")]
-        model = named[0].split(":", 1)[1].strip() if named else model
-    return f"{model}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}"
-
-
 def _command() -> str:
     return shlex.join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]])
 
@@ -196,7 +188,7 @@ def _record(runs: Sequence[Run], asked: argparse.Namespace, wrong: Sequence[str]
         "what": "when each step began and ended, seconds",
         "command": _command(),
         "versions": _versions(runs),
-        "machine": _machine(),
+        "machine": machine(),
         "settings": {key: getattr(asked, key) for key in ("rounds", *SETTINGS)},
         "load": os.getloadavg(),
         "problems": list(wrong),

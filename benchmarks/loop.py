@@ -32,6 +32,7 @@ from typing import Any
 
 from contestants import CONTESTANTS
 from loop_table import Run, problems, rows
+from machine import machine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -165,7 +166,7 @@ def _page(runs: Sequence[Run], asked: argparse.Namespace, wrong: Sequence[str]) 
         *rows(runs, {name: CONTESTANTS[name].label for name in asked.only}, asked.sinks),
         "",
         f"Versions: {', '.join(f'{k} {v}' for k, v in _versions(runs).items())}.",
-        f"Machine: {_machine()}; load average at the end {os.getloadavg()[0]:.2f}.",
+        f"Machine: {machine()}; load average at the end {os.getloadavg()[0]:.2f}.",
         f"Command: `{_command()}`",
     ]
     lines += ["", "**Not valid:**", *(f"- {problem}" for problem in wrong)] if wrong else []
@@ -183,15 +184,6 @@ def _versions(runs: Sequence[Run]) -> dict[str, str]:
     return found
 
 
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    described = Path("/proc/cpuinfo")
-    if described.exists():
-        named = [line for line in described.read_text().splitlines() if line.startswith("model name")]
-        model = named[0].split(":", 1)[1].strip() if named else model
-    return f"{model}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}"
-
-
 def _command() -> str:
     return shlex.join(["python", "benchmarks/loop.py", *sys.argv[1:]])
 
@@ -201,7 +193,7 @@ def _record(runs: Sequence[Run], asked: argparse.Namespace, wrong: Sequence[str]
         "what": "cost per step, microseconds",
         "command": _command(),
         "versions": _versions(runs),
-        "machine": _machine(),
+        "machine": machine(),
         "settings": {
             key: getattr(asked, key) for key in ("rounds", "samples", "optimizer", "threads", "sinks")
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -201,3 +202,20 @@ def test_whether_a_lock_is_held_can_be_asked(tmp_path: Path) -> None:
 def _asked_from_outside(path: Path) -> int:
     lock._held.clear()
     return 7 if lock.is_held(path) else 0
+
+
+def test_a_file_system_without_locks_is_not_called_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system gives no lock for a reason of its own, that is said, and not that someone trains there."""
+
+    def none_left(_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock, "_lock", none_left)
+    with (
+        pytest.raises(RequestError, match="cannot be locked: No locks available"),
+        locked(tmp_path / ".lock"),
+    ):
+        pass
+    assert not lock.is_held(tmp_path / ".lock")

@@ -6,6 +6,7 @@ worker processes that load samples do not inherit it: after a kill, the next pro
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ from pathlib import Path
 
 from lehr.errors import RequestError
 
-_held: set[str] = (
-    set()
-)  # a process may lock a file twice: the system would not mind, and two runs in it would
+_TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what systems say of a lock that another process holds
+# A process may lock a file twice: the system would not mind, and two runs in it would.
+_held: set[str] = set()
 
 
 @contextmanager
@@ -38,7 +39,11 @@ def locked(path: Path) -> Iterator[None]:
     try:
         try:
             _lock(descriptor)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise RequestError(
+                    f"{path}: cannot be locked: {error.strerror}; choose a directory on a file system with locks"
+                ) from None
             raise RequestError(_taken(path, "another process")) from None
         _held.add(where)
         try:
@@ -59,8 +64,8 @@ def is_held(path: Path) -> bool:
         return False
     try:
         _lock(descriptor)
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno in _TAKEN
     finally:
         os.close(descriptor)
     return False

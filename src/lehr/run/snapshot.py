@@ -107,7 +107,7 @@ def slots_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Slots], Tensor
             raise CheckpointError(
                 f"{type(optimizer).__name__} keeps {strange[0]!r} for {name!r}, a "
                 f"{type(plain[strange[0]]).__name__}: checkpoints hold tensors and plain values; "
-                "take another optimizer, or leave out=None, which saves nothing"
+                "take another optimizer, or train without `out`, which saves nothing"
             )
         off = parameter.device.type != "cpu"
         host = tuple(key for key, value in ours.items() if value.device.type == "cpu") if off else None
