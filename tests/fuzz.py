@@ -35,7 +35,7 @@ from lehr.journal import read_journal
 from lehr.notation import read_schedule
 from lehr.plan_json import content_hash, dumps
 from lehr.planning import Plan
-from lehr.recipe import load_recipe
+from lehr.recipe_file import load_recipe
 from lehr.run import state as states
 from lehr.run.reload import Card, read_card
 from lehr.run.weights import read_weights

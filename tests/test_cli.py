@@ -28,7 +28,7 @@ from lehr import job as jobs
 from lehr.__main__ import main
 from lehr.errors import DataError, RequestError
 from lehr.planning import Plan
-from lehr.recipe import load_recipe
+from lehr.recipe_file import load_recipe
 from lehr.resolving import resolve
 from lehr.run import files, models, weights
 from lehr.run.folder import opened

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lehr.defaults import commented, default_augment, default_recipe
-from lehr.recipe import Recipe, Stage, load_recipe
+from lehr.recipe import Recipe, Stage
+from lehr.recipe_file import load_recipe
 from lehr.resolving import resolve
 from lehr.schedules import cosine, restarts, warmup
 from lehr.selection import ModelFacts, ParameterFacts

@@ -10,7 +10,8 @@ import pytest
 
 from lehr.errors import RequestError
 from lehr.planning import Plan
-from lehr.recipe import Recipe, Stage, load_recipe
+from lehr.recipe import Recipe, Stage
+from lehr.recipe_file import load_recipe
 from lehr.resolving import resolve
 from lehr.run.folder import RunFolder, environment, opened
 from lehr.run.precision import arithmetic

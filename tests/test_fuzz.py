@@ -26,7 +26,7 @@ from lehr.data.arrays import load_npz
 from lehr.data.images import read_image
 from lehr.errors import DataError, LehrError, RecipeError, WeightsError
 from lehr.planning import Plan
-from lehr.recipe import load_recipe
+from lehr.recipe_file import load_recipe
 from lehr.run.weights import read_weights
 from lehr.untrusted import open_file, printable, read_bytes
 

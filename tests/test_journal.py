@@ -75,7 +75,7 @@ EXAMPLE = [
 ]
 
 KINDS = [kind for kind in get_args(Event) if kind not in (Progressed, Validating)]
-LINE = '{"v":2,"event":"interrupted","time":"2026-11-23T13:00:00.123Z","step":7}'
+LINE = '{"v":3,"event":"interrupted","time":"2026-11-23T13:00:00.123Z","step":7}'
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 by_kind = {
@@ -134,20 +134,20 @@ def test_round_trip(event: Event, time: int) -> None:
         (Interrupted(7), LINE),
         (
             StepsTaken(3, 7, (0.1, math.nan, -math.inf, 1e22)),
-            '{"v":2,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":3,"stop":7,'
+            '{"v":3,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":3,"stop":7,'
             '"losses":[0.1,"nan","-inf",1e+22]}',
         ),
         (
             RunEnded(90, "patience", None, {"valid_loss": 1}, 2.5),
-            '{"v":2,"event":"run_ended","time":"2026-11-23T13:00:00.123Z","step":90,"reason":"patience",'
+            '{"v":3,"event":"run_ended","time":"2026-11-23T13:00:00.123Z","step":90,"reason":"patience",'
             '"best_epoch":null,"metrics":{"valid_loss":1.0},"seconds":2.5}',
         ),
         (
             Resumed(1200, 1, 4, 99),
-            '{"v":2,"event":"resumed","time":"2026-11-23T13:00:00.123Z",'
+            '{"v":3,"event":"resumed","time":"2026-11-23T13:00:00.123Z",'
             '"step":1200,"stage":1,"epoch":4,"records":99}',
         ),
-        (Note("ø"), '{"v":2,"event":"note","time":"2026-11-23T13:00:00.123Z","text":"\\u00f8"}'),
+        (Note("ø"), '{"v":3,"event":"note","time":"2026-11-23T13:00:00.123Z","text":"\\u00f8"}'),
     ],
 )
 def test_golden_lines(event: Event, line: str) -> None:
@@ -418,11 +418,11 @@ def test_a_message_about_a_damaged_line_has_an_end() -> None:
     ("line", "message"),
     [
         ("", "not a line of a journal"),
-        ('{"v":2,"event":"inter', "not a line of a journal"),
+        ('{"v":3,"event":"inter', "not a line of a journal"),
         ("[" * 100_000, "not a line of a journal"),
         ("[1]", "expected a JSON object, found list"),
-        (LINE.replace('"v":2', '"v":3'), r"written in version 3 .* reads up to 2; update it"),
-        (LINE.replace('"v":2', '"v":true'), '"v" is True'),
+        (LINE.replace('"v":3', '"v":4'), r"written in version 4 .* reads up to 3; update it"),
+        (LINE.replace('"v":3', '"v":true'), '"v" is True'),
         (
             LINE.replace("interrupted", "interupted"),
             r"unknown event 'interupted'; did you mean \"interrupted\"\?",
@@ -435,7 +435,7 @@ def test_a_message_about_a_damaged_line_has_an_end() -> None:
         (LINE.replace('"step":7', '"step":NaN'), "NaN is not JSON"),
         (LINE.replace("step", "steps"), "missing are: step; unknown are: steps"),
         (
-            '{"v":2,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":0,"stop":3,"losses":[1]}',
+            '{"v":3,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":0,"stop":3,"losses":[1]}',
             r"StepsTaken\(0, 3\) carries 1 losses, expected 3",
         ),
     ],

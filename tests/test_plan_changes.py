@@ -170,7 +170,12 @@ def test_differences_are_bounded() -> None:
 
 def test_what_a_terminal_might_act_on_is_escaped() -> None:
     """Names from a file or a model are shown with control characters escaped, and stay on their line."""
-    odd = replace(WAS, monitor="a\x1b[2J\nb", groups={f"\x1b{g}": names for g, names in WAS.groups.items()})
+    odd = replace(
+        WAS,
+        monitor="a\x1b[2J\nb",
+        groups={f"\x1b{g}": names for g, names in WAS.groups.items()},
+        owners={f"\x1b{g}": "" for g in WAS.groups},
+    )
     odd = replace(
         odd,
         stages=tuple(
@@ -214,7 +219,7 @@ def effect(plan: Plan) -> object:
         for t in plan
     ]
     cuts = [(s.start, s.stop, s.steps_per_epoch, s.batch_size, s.accumulate) for s in plan.stages]
-    return steps, cuts, plan.parameters, plan.seed, plan.samples, plan.clip_norm
+    return steps, cuts, plan.parameters, plan.seed, plan.samples, plan.objectives[""].clip_norm
 
 
 @settings(max_examples=60)

@@ -125,7 +125,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     again = Plan.load(tmp_path / "plan.json")
     assert again == plan
     assert again.hash == plan.hash
-    assert (again.patience, again.clip_norm, again.monitor, again.model) == (math.inf, math.inf, "inf", "inf")
+    assert (again.patience, again.objectives[""].clip_norm, again.monitor, again.model) == (math.inf, math.inf, "inf", "inf")
     assert list(again) == list(plan)
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
@@ -173,12 +173,12 @@ def test_the_hash_does_not_see_how_a_length_was_written() -> None:
     ]
     plans = [plan_of(schedule=text) for text in written]
     assert len({plan.hash for plan in plans}) == 1
-    assert str(plans[0].stages[0].schedule) == (
+    assert str(plans[0].stages[0].turns[0].schedule) == (
         'one_cycle(up="5 steps", length="10 steps") >> hold("10 steps")'
     )
     for plan in plans:
         assert plan.lr("all").tolist() == plans[0].lr("all").tolist()
-        assert f"  1  {plan.said[0]}\n     = one_cycle 10 steps (0 to 10), then hold" in str(plan)
+        assert f"  1  {plan.said[0][0]}\n     = one_cycle 10 steps (0 to 10), then hold" in str(plan)
     assert plan_of(schedule='warmup("10 steps") >> cosine()').hash != plans[0].hash
 
 
@@ -200,8 +200,8 @@ def _damage(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda plain: plain.update(hash=None), "does not have the hash that it says"),
         (lambda plain: plain.pop("hash"), "does not have the hash that it says"),
         (lambda plain: plain.update(ema=math.nan, hash=None), "does not have the hash that it says"),
-        (lambda plain: plain.update(format=2), "not a plan of format 1"),
-        (lambda plain: plain.clear(), "not a plan of format 1"),
+        (lambda plain: plain.update(format=1), "not a plan of format 2"),
+        (lambda plain: plain.clear(), "not a plan of format 2"),
     ],
 )
 def test_a_changed_file_is_refused(
@@ -245,7 +245,7 @@ def test_a_plan_with_a_right_hash_and_missing_parts(tmp_path: Path) -> None:
     """A file whose hash is right but which lacks a part of a plan is refused too."""
     path = tmp_path / "plan.json"
     path.write_text(
-        json.dumps({"format": 1, "hash": content_hash({"model": "x"}), "model": "x"}), encoding="utf-8"
+        json.dumps({"format": 2, "hash": content_hash({"model": "x"}), "model": "x"}), encoding="utf-8"
     )
     with pytest.raises(RecipeError, match=r"plan\.json: not a plan: .*make it again"):
         Plan.load(path)

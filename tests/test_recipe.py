@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 
 from lehr.duration import Duration
 from lehr.errors import RecipeError
-from lehr.recipe import Recipe, Stage, load_recipe, overridden, recipe_from
+from lehr.recipe import Recipe, Stage
+from lehr.recipe_values import optimizer_named
+from lehr.recipe_file import load_recipe, overridden, recipe_from
 from lehr.schedules import constant, cosine, linear, warmup
 from strategies import recipes
 
@@ -26,6 +28,10 @@ STAGE_VALUES = {
     "weight_decay": 0.0,
     "layer_decay": 0.75,
     "restore_best": True,
+    "until": "train_loss plateaus 100 steps",
+    "every": "50 steps",
+    "reduce": {"by": 0.1, "times": 2},
+    "clock": "run",
 }
 RECIPE_VALUES = {
     "optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True},
@@ -61,7 +67,7 @@ def recipe(**changed: Any) -> Recipe:
 
 def test_every_key_is_read() -> None:
     """Every key of a recipe and of a stage can be written, and none is forgotten by this test."""
-    assert set(STAGE_VALUES) == {f.name for f in fields(Stage)}
+    assert {*STAGE_VALUES, "objectives"} == {f.name for f in fields(Stage)}
     assert {*RECIPE_VALUES, "stages"} == {f.name for f in fields(Recipe)}
     read = recipe_from({**RECIPE_VALUES, "stages": [STAGE_VALUES]})
     first = read.stages[0]
@@ -72,7 +78,7 @@ def test_every_key_is_read() -> None:
     )
     assert (first.schedule, first.batch_size, first.accumulate) == (cosine(0.1), 64, 2)
     assert (first.weight_decay, first.layer_decay, first.restore_best) == (0.0, 0.75, True)
-    assert (read.optimizer_name, read.optimizer_settings) == ("sgd", {"momentum": 0.9, "nesterov": True})
+    assert optimizer_named(read.optimizer) == ("sgd", {"momentum": 0.9, "nesterov": True})
     assert read.schedule == warmup("5%") >> linear()
     assert (read.no_decay, read.augment, read.patience) == (("norm",), ("flip",), "3 epochs")
     plain = {key: getattr(read, key) for key in RECIPE_VALUES}
@@ -96,7 +102,7 @@ def test_every_key_is_read() -> None:
 def test_defaults() -> None:
     """What is left out has the documented default."""
     plain = recipe()
-    assert (plain.optimizer_name, plain.optimizer_settings, plain.batch_size) == ("adamw", {}, 32)
+    assert (*optimizer_named(plain.optimizer), plain.batch_size) == ("adamw", {}, 32)
     assert plain.schedule == warmup("5%") >> cosine()
     assert (plain.no_decay, plain.lr_rule, plain.min_lr, plain.weight_decay) == (
         ("norm", "bias"),

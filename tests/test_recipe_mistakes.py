@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lehr.errors import RecipeError
-from lehr.recipe import Recipe, Stage, recipe_from
+from lehr.recipe import Recipe, Stage
+from lehr.recipe_file import recipe_from
 
 MINIMAL = {"stages": [{"length": "1 epoch", "train": "head", "lr": 1e-3}]}
 

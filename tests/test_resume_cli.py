@@ -18,7 +18,7 @@ from PIL import Image
 from lehr.__main__ import main
 from lehr.events import Note, Resumed, RunEnded
 from lehr.planning import Plan
-from lehr.recipe import load_recipe
+from lehr.recipe_file import load_recipe
 from lehr.run.update import Update
 from small_run import checkpoints, content, events, fit, forge, losses
 

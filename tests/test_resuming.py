@@ -17,7 +17,8 @@ from lehr.errors import CheckpointError, LehrError, RecipeError, RequestError, R
 from lehr.events import Note, Resumed, RunEnded, RunStarted, StepsTaken
 from lehr.journal import read_journal
 from lehr.planning import Plan
-from lehr.recipe import Recipe, Stage, load_recipe
+from lehr.recipe import Recipe, Stage
+from lehr.recipe_file import load_recipe
 from lehr.run.folder import RunFolder
 from lehr.run.resuming import check_resume
 from small_run import (

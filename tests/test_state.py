@@ -19,7 +19,9 @@ from lehr.run.checkpoint import CheckpointFolder
 from lehr.run.state import (
     BestSoFar,
     DamageError,
+    Decided,
     FileSum,
+    Gauge,
     Kept,
     Made,
     Position,
@@ -27,6 +29,7 @@ from lehr.run.state import (
     Slots,
     SoFar,
     State,
+    Tally,
     dumps,
     loads,
 )  # fmt: skip
@@ -46,15 +49,20 @@ ROWS = (
 )
 WHOLE = State(
     at=Position(1, 2, 7), plan_hash="a" * 64, instead_of="b" * 64, records=12, seconds=1.5,
-    so_far=SoFar(math.inf, 8, 0.25), history=ROWS,
+    so_far=SoFar(math.inf, 8, 0.25, {"d": Tally(math.nan, 8)}), history=ROWS,
+    decisions=(Decided(0, 6, "end", math.nan), Decided(1, 7, "reduce", 0.5)),
+    gauge=Gauge("train_loss plateaus 3 epochs", -math.inf, 2, Tally(1.5, 8), Tally(3.0, 16)),
     best=BestSoFar(Kept(1, math.inf), Kept(0, -math.inf), (Kept(1, math.inf), Kept(0, 0.1)), 1),
     frozen={"body.0.weight": "0123456789abcdef"},
     optimizer={
-        "fc.weight": Slots(("exp_avg", "step"), {"k": 1, "x": 0.1, "b": True, "s": "é", "n": None}),
-        "fc.bias": Slots(("step",), {}, ("step",)),
-        "0": Slots((), {}, ()),
+        "": {
+            "fc.weight": Slots(("exp_avg", "step"), {"k": 1, "x": 0.1, "b": True, "s": "é", "n": None}),
+            "fc.bias": Slots(("step",), {}, ("step",)),
+            "0": Slots((), {}, ()),
+        },
+        "d": {"fc.weight": Slots(("step",))},
     },
-    scaler={"scale": 65536.0, "_growth_tracker": 3},
+    scalers={"": {"scale": 65536.0, "_growth_tracker": 3}},
     random={"now/python.version": 3, "now/python.gauss": None, "now/numpy.gauss": -0.5, "now/x": "y"},
     train=Fingerprint(20, "probes", ("ab", "cd"), (0, 19)), valid=Fingerprint(9, "none"),
     settings=Settings("10 minutes", 2, 3), made=Made("0.3", "2.9", "cuda", "bf16", 8),
@@ -90,7 +98,8 @@ def test_every_field_comes_back() -> None:
 def test_a_state_with_nothing_in_it_comes_back() -> None:
     """The state before the first step comes back, too."""
     empty = replace(
-        WHOLE, at=Position(), instead_of=None, so_far=SoFar(), history=(), best=BestSoFar(), scaler=None,
+        WHOLE, at=Position(), instead_of=None, so_far=SoFar(), history=(), best=BestSoFar(), scalers={},
+        decisions=(), gauge=Gauge(),
         valid=None, frozen={}, optimizer={}, random={}, files={},
     )  # fmt: skip
     assert loads(dumps(empty)) == empty
@@ -109,7 +118,7 @@ def test_it_is_json_that_others_can_read() -> None:
 @given(st.floats(), st.integers(-(2**63), 2**63 - 1))
 def test_numbers_come_back_to_the_bit(value: float, whole: int) -> None:
     """Any float and any whole number of 64 bits is read back as it was."""
-    slots = {"p": Slots((), {"x": value, "n": whole})}
+    slots = {"": {"p": Slots((), {"x": value, "n": whole})}}
     again = loads(dumps(replace(WHOLE, optimizer=slots, best=BestSoFar(Kept(0, value)))))
     assert repr(again.optimizer) == repr(slots)
     assert repr(again.best.run) == repr(Kept(0, value))
@@ -151,7 +160,7 @@ def test_no_depth_is_too_deep(depth: int) -> None:
     refusal(TEXT.rstrip()[:-1] + ', "z": ' + "[" * depth + "]" * depth + "}")
 
 
-@pytest.mark.parametrize("value", [0, 2, 1.0, True, "1", None, [1], "x" * 10**6])
+@pytest.mark.parametrize("value", [0, 1, 3, 2.0, True, "1", None, [1], "x" * 10**6])
 def test_another_format_is_refused(value: object) -> None:
     """A format that this lehr does not know is named, at no greater length than a line."""
     said = refusal(forged(format=value))
@@ -193,9 +202,13 @@ WRONG = [
     {"history": [{**ROWS[0], "train_loss": "low"}, PLAIN["history"][1]]},
     {"history": [{**ROWS[0], "train_loss": None}, PLAIN["history"][1]]},
     {"frozen": {"a": 1}},
-    {"optimizer": {"fc.weight": {"tensors": "step"}}},
-    {"optimizer": {"fc.weight": {"tensors": ["step"], "plain": {"x": [1]}}}},
-    {"scaler": {"scale": "65536"}},
+    {"optimizer": {"": {"fc.weight": {"tensors": "step"}}}},
+    {"optimizer": {"": {"fc.weight": {"tensors": ["step"], "plain": {"x": [1]}}}}},
+    {"optimizer": {"fc.weight": {"tensors": ["step"]}}},
+    {"scalers": {"": {"scale": "65536"}}},
+    {"decisions": [{"stage": 0, "step": 6, "kind": "stop", "value": 0.5}]},
+    {"decisions": [{"stage": -1, "step": 6, "kind": "end", "value": 0.5}]},
+    {"gauge": {"condition": "", "best": 0.5, "at": -1}},
     {"random": {"now/python.gauss": [0.1]}},
     {"train": None},
     {"train": {**PLAIN["train"], "kind": "other"}},
@@ -236,8 +249,8 @@ def test_what_cannot_be_is_refused(words: str) -> None:
 FORGERIES: dict[str, Any] = {
     "no place of the plan": lambda s: s["at"].update(stage=7),
     "is no place": lambda s: s["at"].update(stage=1),
-    "does not train": lambda s: s["optimizer"].update({"../x": {"tensors": [], "plain": {}, "host": []}}),
-    "lacks fc.weight/more": lambda s: s["optimizer"]["fc.weight"]["tensors"].append("more"),
+    "does not train": lambda s: s["optimizer"][""].update({"../x": {"tensors": [], "plain": {}, "host": []}}),
+    "lacks fc.weight/more": lambda s: s["optimizer"][""]["fc.weight"]["tensors"].append("more"),
     "numpy's generator stands at": lambda s: s["random"].update({"random/now/numpy.at": 10**9}),
     "for another run": lambda s: s["random"].update({"random/now/python.version": 9}),
     "written by lehr": lambda s: s["random"].clear(),

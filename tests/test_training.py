@@ -201,8 +201,7 @@ def test_a_refused_update_leaves_its_scale(tmp_path: Path) -> None:
     fit(run, stop=5, precision="fp16")
     found = CheckpointFolder(run / "checkpoints").newest()
     assert found is not None
-    scaler = found.snapshot.state.scaler
-    assert scaler is not None
+    scaler = found.snapshot.state.scalers[""]
     assert scaler["_growth_tracker"] == 5 or scaler["scale"] < 65536.0
 
 
@@ -216,7 +215,7 @@ def test_a_scale_that_cannot_be_is_refused(change: dict[str, Any], tmp_path: Pat
     fit(run, stop=1, precision="fp16")
     first, last = checkpoints(run)
     first.unlink()
-    forge(last, lambda state: state["scaler"].update(change))
+    forge(last, lambda state: state["scalers"][""].update(change))
     with pytest.raises(CheckpointError, match="scale"):
         fit(run, resume=True, precision="fp16")
 

@@ -161,9 +161,11 @@ def _train(job: Job, folder: RunFolder, said: dict[str, Any], change: Change | N
     """Train into `folder`, and say how to go on where it ends early; the best epoch's row."""
     from lehr.errors import RequestError
     from lehr.events import Resumed
+    from lehr.job import PICTURE
+    from lehr.report.following import PlanPicture
     from lehr.run.loop import fit as run_fit
 
-    observers: list[Any] = [_bar()]
+    observers: list[Any] = [_bar(), PlanPicture(job.plan, folder.path / PICTURE, folder.journal)]
     if said["tensorboard"]:
         from lehr.run.tensorboard import tensorboard as to_tensorboard
 

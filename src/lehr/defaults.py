@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import fields
 
-from lehr.recipe import Recipe, Stage
+from lehr.recipe import Recipe, Stage, stage_lines
 from lehr.schedules import cosine, warmup
 from lehr.selection import ModelFacts
 from lehr.toml import toml_lines
@@ -137,7 +137,7 @@ def commented(recipe: Recipe, *, request: str, file: str) -> str:
         lines += ["", *_comment(_ABOUT[key]), *toml_lines({key: said[key]})]
     lines += ["", *_comment(_STAGES)]
     for stage in stages:
-        lines += ["[[stages]]", *toml_lines(stage), ""]
+        lines += [*stage_lines(stage), ""]
     return "\n".join([*lines, *_comment(_MORE)]) + "\n"
 
 

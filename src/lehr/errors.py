@@ -5,6 +5,7 @@ LehrError                      anything lehr says no to
 │   ├── RecipeError            a recipe says something that cannot be done
 │   │   ├── DurationError      "5" instead of "5 epochs"
 │   │   ├── ScheduleError      a curve that cannot be
+│   │   ├── ConditionError     "train_eror < 0.8": what ends a stage cannot be understood
 │   │   └── SelectionError     a pattern that matches nothing, two rates for one parameter
 │   ├── DataError              images, arrays or classes that cannot be trained on
 │   ├── WeightsError           a weights file that does not fit the model
@@ -47,6 +48,10 @@ class DurationError(RecipeError):
 
 class ScheduleError(RecipeError):
     """A schedule that cannot be: an unknown shape, a floor above the peak, parts longer than the whole."""
+
+
+class ConditionError(RecipeError):
+    """A condition that is none, or that nothing measures."""
 
 
 class SelectionError(RecipeError):

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from datetime import datetime, timezone
 from typing import Final
 
@@ -18,11 +18,13 @@ from lehr.errors import RunError, nearest
 from lehr.events import (
     CheckpointFailed,
     CheckpointWritten,
+    ConditionMet,
     EpochEnded,
     Event,
     FreezeAudited,
     Interrupted,
     Note,
+    RateReduced,
     Record,
     Resumed,
     RunEnded,
@@ -33,7 +35,7 @@ from lehr.events import (
     StepsTaken,
 )
 
-VERSION: Final = 2
+VERSION: Final = 3
 """The version of the format that is written; every version up to it can be read."""
 
 WRITTEN: Final[Mapping[str, type[Event]]] = {
@@ -42,6 +44,8 @@ WRITTEN: Final[Mapping[str, type[Event]]] = {
     "steps_taken": StepsTaken,
     "epoch_ended": EpochEnded,
     "stage_ended": StageEnded,
+    "condition_met": ConditionMet,
+    "rate_reduced": RateReduced,
     "note": Note,
     "run_ended": RunEnded,
     "run_failed": RunFailed,
@@ -80,7 +84,7 @@ def format_line(record: Record) -> str:
 
     Example:
         >>> format_line(Record(1.5, StepsTaken(0, 2, (2.302, math.nan))))
-        '{"v":2,"event":"steps_taken","time":"1970-01-01T00:00:01.500Z","start":0,"stop":2,"losses":[2.302,"nan"]}'
+        '{"v":3,"event":"steps_taken","time":"1970-01-01T00:00:01.500Z","start":0,"stop":2,"losses":[2.302,"nan"]}'
     """
     event = record.event
     moment = datetime.fromtimestamp(round(record.time, 3), timezone.utc)
@@ -89,7 +93,10 @@ def format_line(record: Record) -> str:
         "event": _NAMES[type(event)],
         "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
     }
+    optional = _optional(type(event))
     for name, annotation in _annotations(type(event)).items():
+        if name in optional and getattr(event, name) == optional[name]:
+            continue
         line[name] = _encode(getattr(event, name), annotation, f"{type(event).__name__}.{name}")
     return json.dumps(line, separators=(",", ":"), allow_nan=False)
 
@@ -148,18 +155,24 @@ def _record(line: bytes) -> Record:
 
 def _event(kind: Callable[..., Event], wanted: dict[str, str], found: dict[str, object]) -> Event:
     """The event that `kind` makes of the fields `found`; they must be those `wanted`, name -> annotation."""
-    if found.keys() != wanted.keys():
-        missing = ", ".join(sorted(wanted.keys() - found.keys())) or "none"
+    absent = wanted.keys() - found.keys()
+    if absent - _optional(kind).keys() or not found.keys() <= wanted.keys():
+        missing = ", ".join(sorted(absent - _optional(kind).keys())) or "none"
         unknown = ", ".join(sorted(found.keys() - wanted.keys())) or "none"
         raise ValueError(
             f"expected the fields {', '.join(wanted)}; missing are: {missing}; unknown are: {unknown}"
         )
-    return kind(**{name: _decode(found[name], annotation, name) for name, annotation in wanted.items()})
+    return kind(**{name: _decode(found[name], wanted[name], name) for name in found})
 
 
 def _annotations(kind: type[Event]) -> dict[str, str]:
     """The fields of an event: name -> text of the annotation, by which a value is written and read."""
     return {field.name: str(field.type) for field in fields(kind)}
+
+
+def _optional(kind: Callable[..., Event]) -> dict[str, object]:
+    """The fields that may be left out, with what they then are."""
+    return {f.name: f.default for f in fields(kind) if f.default is not MISSING}  # type: ignore[arg-type]  # an event
 
 
 def _encode(value: object, annotation: str, where: str) -> object:
@@ -168,6 +181,8 @@ def _encode(value: object, annotation: str, where: str) -> object:
         return float(value) if math.isfinite(value) else str(float(value))
     if annotation == "tuple[float, ...]" and isinstance(value, tuple):
         return [_encode(item, "float", where) for item in value]
+    if annotation == "tuple[str, ...]" and isinstance(value, tuple):
+        return [_encode(item, "str", where) for item in value]
     if annotation == "Mapping[str, float]" and isinstance(value, Mapping):
         return {
             _encode(key, "str", where): _encode(item, "float", f"{where}[{key!r}]")
@@ -188,6 +203,8 @@ def _decode(value: object, annotation: str, where: str) -> object:
         return float(value)
     if annotation == "tuple[float, ...]" and isinstance(value, list):
         return tuple(_decode(item, "float", where) for item in value)
+    if annotation == "tuple[str, ...]" and isinstance(value, list):
+        return tuple(_decode(item, "str", where) for item in value)
     if annotation == "Mapping[str, float]" and isinstance(value, dict):
         return {key: _decode(item, "float", f"{where}[{key!r}]") for key, item in value.items()}
     if _is_plain(value, annotation):

@@ -12,7 +12,7 @@ updates done so far; seconds are seconds of wall time; a rate is the group's lea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 LOSSES_PER_EVENT: Final = 100
@@ -60,13 +60,16 @@ class StageStarted:
 class StepsTaken:
     """The losses of the updates `start` to `stop - 1`, one each, in order.
 
+    `objectives` says whose update each was; it is empty in an ordinary stage.
+
     Raises:
-        ValueError: where the number of losses is not `stop - start`.
+        ValueError: where the number of losses is not `stop - start`, or of objectives neither that nor 0.
     """
 
     start: int
     stop: int
     losses: tuple[float, ...]
+    objectives: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.losses) != self.stop - self.start:
@@ -74,11 +77,18 @@ class StepsTaken:
                 f"StepsTaken({self.start}, {self.stop}) carries {len(self.losses)} losses, "
                 f"expected {self.stop - self.start}: one for each update"
             )
+        if len(self.objectives) not in (0, len(self.losses)):
+            raise ValueError(
+                f"StepsTaken({self.start}, {self.stop}) carries {len(self.objectives)} objectives, "
+                f"expected {len(self.losses)} or none"
+            )
 
 
 @dataclass(frozen=True)
 class Progressed:
     """How far the epoch is: `step` done, of updates `epoch_start` to `epoch_stop - 1`. Passing: not written.
+
+    `loss` is the epoch's mean so far; `losses` has that of each objective, where there are several.
 
     It exists so that a bar can move, about ten times a second and never once a step. Everything in it can be
     had from the plan and the events that are written; in the journal it would only be noise that depends on
@@ -93,6 +103,7 @@ class Progressed:
     loss: float
     lr: Mapping[str, float]
     samples_per_second: float
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,10 +118,11 @@ class Validating:
 class EpochEnded:
     """An epoch has ended, validation included; `step` updates are done.
 
-    `train_loss` is the mean over the epoch's samples as they were trained on; `metrics` are those of the
-    validation set, such as `valid_loss`; `lr` are the rates of the epoch's last update, of the groups that
-    train; `seconds` is the whole epoch, `samples_per_second` its training alone; `best` says whether the
-    monitored metric is the best so far.
+    `train_loss` is the mean over the epoch's samples as they were trained on, over all objectives where there
+    are several; `metrics` are those of the validation set, such as `valid_loss`, the loss of each objective, such
+    as `train_d_loss`, and the metric of the training that the stage's `until` waits for; `lr` are the rates of the
+    epoch's last update (of each objective's last), of the groups that train; `seconds` is the whole epoch,
+    `samples_per_second` its training alone; `best` says whether the monitored metric is the best so far.
     """
 
     epoch: int
@@ -128,13 +140,42 @@ class EpochEnded:
 class StageEnded:
     """A stage has ended.
 
-    `reason` is "length" or "patience"; `restored_epoch` is the epoch whose weights were put back, or None.
+    `reason` is "length", "patience", or "until" where `ConditionMet` came before; `restored_epoch` is the epoch
+    whose weights were put back, or None.
     """
 
     stage: int
     step: int
     reason: str
     restored_epoch: int | None
+
+
+@dataclass(frozen=True)
+class ConditionMet:
+    """What stage `stage` waited for has been measured after `step` updates: `condition`, at `value`; the stage ends.
+
+    What follows begins at once, so that the run has `total_steps` and `total_epochs` from here on.
+    """
+
+    stage: int
+    step: int
+    condition: str
+    value: float
+    total_steps: int
+    total_epochs: int
+
+
+@dataclass(frozen=True)
+class RateReduced:
+    """The plateau of `condition` was seen after `step` updates, at `value`: from here on the rates of stage `stage` are
+    `factor` times what its schedule says.
+    """
+
+    stage: int
+    step: int
+    condition: str
+    value: float
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -237,6 +278,8 @@ Event: TypeAlias = (
     | Validating
     | EpochEnded
     | StageEnded
+    | ConditionMet
+    | RateReduced
     | Note
     | RunEnded
     | RunFailed

@@ -12,7 +12,8 @@ from math import inf
 import numpy as np
 
 from lehr.plan_text import listed
-from lehr.planning import Plan, PlannedStage
+from lehr.planned_stage import PlannedStage
+from lehr.planning import Plan, PlannedObjective
 from lehr.shapes import Array
 from lehr.untrusted import printable
 
@@ -41,8 +42,7 @@ def plan_differences(was: Plan, now: Plan) -> tuple[str, ...]:
         ('seed 1, was 0',)
     """
     lines = [*parameter_changes(was, now), *_settings(was, now), *_stages(was, now)]
-    partitions = [{frozenset(names) for names in plan.groups.values()} for plan in (was, now)]
-    if not lines and partitions[0] != partitions[1]:  # else it follows from what was said
+    if not lines and partition_of(was) != partition_of(now):  # else it follows from what was said
         lines.append(f"the groups of parameters are {grouped(now)}; they were {grouped(was)}")
     lines, more = [printable(line) for line in lines], len(lines) - _LINES
     return tuple(lines) if more <= 0 else (*lines[:_LINES], f"and {more} more")
@@ -75,9 +75,17 @@ def grouped(plan: Plan) -> str:
     return listed([f"{group} ({len(names)})" for group, names in plan.groups.items()], most=6)
 
 
-def rates_of(plan: Plan, parameter: str) -> Array:
-    """The rate of one parameter at every step: float64, shape [total_steps]; 0.0 where it is frozen."""
-    group = next((group for group, names in plan.groups.items() if parameter in names), None)
+def partition_of(plan: Plan) -> dict[str, set[frozenset[str]]]:
+    """How the parameters of each objective are grouped, whatever the groups are called."""
+    return {name: {frozenset(plan.groups[g]) for g in plan.groups_of(name)} for name in plan.objectives}
+
+
+def rates_of(plan: Plan, parameter: str, objective: str = "") -> Array:
+    """The rate of one parameter at every step, in an objective's turns: float64, shape [total_steps]; 0.0 where it is
+    frozen.
+    """
+    own = plan.groups_of(objective) if objective in plan.objectives else ()
+    group = next((group for group in own if parameter in plan.groups[group]), None)
     return np.zeros(plan.total_steps) if group is None else plan.lr(group)
 
 
@@ -127,15 +135,14 @@ def _curves(was: Plan, now: Plan, step: int) -> list[_Curve]:
     """A curve for all groups that share it and train from `step` on; the highest new rates come first."""
     sharing: dict[tuple[bytes, bytes], list[str]] = {}
     for group, names in now.groups.items():
-        old, new = rates_of(was, names[0]), now.lr(group)
+        old, new = rates_of(was, names[0], now.owners[group]), now.lr(group)
         if new[step:].any() or old[step:].any():
             sharing.setdefault((old.tobytes(), new.tobytes()), []).append(group)
     curves = []
     for groups in sharing.values():
-        first = now.groups[groups[0]][0]
-        curves.append(
-            _Curve(printable(listed(_told(groups), 2)), first, rates_of(was, first), now.lr(groups[0]))
-        )
+        first, objective = now.groups[groups[0]][0], now.owners[groups[0]]
+        old = rates_of(was, first, objective)
+        curves.append(_Curve(printable(listed(_told(groups), 2)), first, old, now.lr(groups[0])))
     return sorted(curves, key=lambda curve: -curve.new[step:].max())
 
 
@@ -190,19 +197,31 @@ def _settings(was: Plan, now: Plan) -> Iterator[str]:
     """What is said once for the whole run."""
     if was.samples != now.samples:
         yield f"{now.samples:,} training samples, were {was.samples:,}"
-    if was.optimizer.lower() != now.optimizer.lower():  # a name counts in any case
-        yield f"optimizer {now.optimizer}, was {was.optimizer}"
-    for key in dict.fromkeys((*was.optimizer_settings, *now.optimizer_settings)):
-        old, new = (
-            repr(plan.optimizer_settings[key]) if key in plan.optimizer_settings else "not set"
-            for plan in (was, now)
-        )
-        if old != new:
-            yield f"optimizer: {key} {new}, was {old}"
-    for key in ("seed", "ema", "clip_norm", "min_lr", "label_smoothing", "monitor", "patience", "augment"):
+    for name in dict.fromkeys((*was.objectives, *now.objectives)):
+        where = f"objective {name}: " if name else ""
+        before, after = was.objectives.get(name), now.objectives.get(name)
+        if before and after:
+            yield from (where + line for line in _optimizer(before, after))
+        elif name:
+            yield f"{where}is new" if after else f"{where}is gone"
+    for key in ("seed", "ema", "min_lr", "label_smoothing", "monitor", "patience", "augment"):
         old, new = getattr(was, key), getattr(now, key)
         if old != new:
             yield f"min_lr {new:g}, was {old:g}" if key == "min_lr" else f"{key} {_pair(new, old)}"
+
+
+def _optimizer(before: PlannedObjective, after: PlannedObjective) -> Iterator[str]:
+    if before.optimizer.lower() != after.optimizer.lower():  # a name counts in any case
+        yield f"optimizer {after.optimizer}, was {before.optimizer}"
+    for key in dict.fromkeys((*before.optimizer_settings, *after.optimizer_settings)):
+        old, new = (
+            repr(one.optimizer_settings[key]) if key in one.optimizer_settings else "not set"
+            for one in (before, after)
+        )
+        if old != new:
+            yield f"optimizer: {key} {new}, was {old}"
+    if before.clip_norm != after.clip_norm:
+        yield f"clip_norm {_pair(after.clip_norm, before.clip_norm)}"
 
 
 def _word(value: object) -> str:
@@ -221,6 +240,7 @@ def _stages(was: Plan, now: Plan) -> Iterator[str]:
         changes = (
             *_length(before, after),
             *_schedule(was, now, before, after),
+            *_evidence(before, after),
             *_rates(was, now, after.index),
         )
         yield from (f"stage {after.index + 1}: {change}" for change in changes)
@@ -240,19 +260,51 @@ def _length(before: PlannedStage, after: PlannedStage) -> Iterator[str]:
 
 
 def _schedule(was: Plan, now: Plan, before: PlannedStage, after: PlannedStage) -> Iterator[str]:
-    """What the schedules say; the same words over other steps follow from the length."""
-    if before.schedule == after.schedule:
+    """Whose turns there are, and what the schedules say; the same words over other steps follow from the length."""
+    turns = [[(t.objective, t.every, t.repeat) for t in stage.turns] for stage in (before, after)]
+    if turns[0] != turns[1]:
+        yield f"the turns are {_turns(after)}; they were {_turns(before)}"
         return
-    said = _said(was, before), _said(now, after)
-    if said[0] != said[1]:
-        yield f"schedule {said[1]}, was {said[0]}"
-    elif (before.steps, before.steps_per_epoch) == (after.steps, after.steps_per_epoch):
-        yield f"schedule {after.schedule}, was {before.schedule}"
+    same_length = (before.span, before.steps_per_epoch) == (after.span, after.steps_per_epoch)
+    for old, new, old_said, new_said in zip(
+        before.turns, after.turns, _said(was, before), _said(now, after), strict=True
+    ):
+        name = f"{new.objective}: " if new.objective else ""
+        if old.schedule == new.schedule:
+            continue
+        if old_said != new_said:
+            yield f"{name}schedule {new_said}, was {old_said}"
+        elif same_length:
+            yield f"{name}schedule {new.schedule}, was {old.schedule}"
+
+
+def _turns(stage: PlannedStage) -> str:
+    """Whose turns there are, how often."""
+    return ", ".join(
+        f"{t.objective or 'all in one'} (every {t.every}, {t.repeat} a turn)" for t in stage.turns
+    )
+
+
+def _evidence(before: PlannedStage, after: PlannedStage) -> Iterator[str]:
+    """What ends or cools the stage on evidence."""
+    for key in ("until", "every", "reduce", "reductions", "clock"):
+        old, new = getattr(before, key), getattr(after, key)
+        if old != new and (key != "reductions" or before.reduce == after.reduce):
+            yield f"{key} {new or 'none'}, was {old or 'none'}"
 
 
 def _rates(was: Plan, now: Plan, index: int) -> list[str]:
-    """What a stage trains, at which peak and decay; parameter by parameter, for the groups may differ too."""
-    before, after = _of_parameters(was, index), _of_parameters(now, index)
+    """What a stage trains, at which peak and decay, of each objective."""
+    objectives = [name for name in now.objectives if name in was.objectives]
+    lines = [line for objective in objectives for line in _rates_of(was, now, index, objective)]
+    more = len(lines) - _OF_A_STAGE
+    return lines if more <= 0 else [*lines[:_OF_A_STAGE], f"and {more} more of its rates and decays"]
+
+
+def _rates_of(was: Plan, now: Plan, index: int, objective: str) -> Iterator[str]:
+    """Parameter by parameter, for the groups may differ too."""
+    before, after = _of_parameters(was, index, objective), _of_parameters(now, index, objective)
+    where = f"{objective}: " if objective else ""
     changed: dict[str, list[str]] = {}
     for name in now.parameters:
         if name not in was.parameters:
@@ -266,28 +318,28 @@ def _rates(was: Plan, now: Plan, index: int) -> list[str]:
             changed.setdefault(f"peak rate of {{}} {_pair(new_rate, rate)}", []).append(name)
         if rate and decay != new_decay:
             changed.setdefault(f"weight decay of {{}} {_pair(new_decay, decay)}", []).append(name)
-    lines = [change.format(_named(names, was, now)) for change, names in changed.items()]
-    more = len(lines) - _OF_A_STAGE
-    return lines if more <= 0 else [*lines[:_OF_A_STAGE], f"and {more} more of its rates and decays"]
+    for change, names in changed.items():
+        yield where + change.format(_named(names, was, now, objective))
 
 
-def _of_parameters(plan: Plan, index: int) -> dict[str, tuple[float, float]]:
-    """Peak rate and weight decay of every parameter that any stage trains, in one stage."""
+def _of_parameters(plan: Plan, index: int, objective: str) -> dict[str, tuple[float, float]]:
+    """Peak rate and weight decay of every parameter that an objective trains in any stage, in one stage."""
     stage = plan.stages[index]
     return {
         name: (stage.peak_lr[group], stage.weight_decay[group])
-        for group, names in plan.groups.items()
-        for name in names
+        for group in plan.groups_of(objective)
+        for name in plan.groups[group]
     }
 
 
-def _named(names: Sequence[str], was: Plan, now: Plan) -> str:
+def _named(names: Sequence[str], was: Plan, now: Plan, objective: str) -> str:
     """Parameters by their groups, new or old, where these are whole; else by their own names."""
     left, words = dict.fromkeys(names), list[str]()
-    for group, members in (*now.groups.items(), *was.groups.items()):
-        if left.keys() >= set(members):
-            words.append(group)
-            left = {name: None for name in left if name not in members}
+    for plan in (now, was):
+        for group in plan.groups_of(objective):
+            if left.keys() >= set(plan.groups[group]):
+                words.append(group)
+                left = {name: None for name in left if name not in plan.groups[group]}
     return listed([*_told(words), *map(repr, left)])
 
 
@@ -296,9 +348,9 @@ def _told(groups: Sequence[str]) -> list[str]:
     return [group for group in groups if group.removesuffix(_NO_DECAY) not in set(groups) - {group}]
 
 
-def _said(plan: Plan, stage: PlannedStage) -> str:
-    """The schedule of a stage as it was written, where the plan knows that."""
-    return plan.said[stage.index] if stage.index < len(plan.said) else str(stage.schedule)
+def _said(plan: Plan, stage: PlannedStage) -> tuple[str, ...]:
+    """The schedules of a stage as they were written."""
+    return plan.said[stage.index]
 
 
 def _steps(stage: PlannedStage) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from lehr.errors import RecipeError
 from lehr.untrusted import MIB, printable, read_bytes
 
-FORMAT = 1
+FORMAT = 2
 # What a model is called changes nothing, nor how a length was written: its parameters and steps count.
 _WITHOUT_EFFECT = ("model", "notes", "said")
 _MAY_BE_INFINITE = ("clip_norm", "patience")
@@ -88,7 +88,7 @@ def _strict(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
-def _finite_again(plain: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: math.inf if value == "inf" and key in _MAY_BE_INFINITE else value for key, value in plain.items()
-    }
+def _finite_again(plain: Any, key: str = "") -> Any:
+    if isinstance(plain, dict):
+        return {name: _finite_again(value, name) for name, value in plain.items()}
+    return math.inf if plain == "inf" and key in _MAY_BE_INFINITE else plain

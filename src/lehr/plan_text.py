@@ -9,22 +9,79 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lehr.planning import Plan, PlannedStage
+    from lehr.planned_stage import Decision, PlannedStage
+    from lehr.planning import Plan
 
 
 def plan_text(plan: Plan) -> str:
     """The page that `print(plan)` shows."""
     total = sum(plan.parameters.values())
-    settings = "".join(f", {key}={value!r}" for key, value in plan.optimizer_settings.items())
     head = [
         f"lehr plan: {plan.model}, {total:,} parameters, {plan.samples:,} training samples",
-        f"{_n(len(plan.stages), 'stage')}, {_n(plan.total_epochs, 'epoch')}, {_n(plan.total_steps, 'step')}; "
-        f"{plan.optimizer}{settings}; seed {plan.seed}; hash {plan.hash[:12]}",
+        f"{_n(len(plan.stages), 'stage')}, {_n(plan.total_epochs, 'epoch')}, {_n(plan.total_steps, 'step')}"
+        f"{' at the most' if any(_may_end_sooner(stage) for stage in plan.stages) else ''}; "
+        f"{_optimizers(plan)}; seed {plan.seed}; hash {plan.hash[:12]}",
     ]
-    blocks = ["\n".join(head), _stages(plan, total), _groups(plan), _curves(plan), _rest(plan)]
+    blocks = [
+        "\n".join(head),
+        _stages(plan, total),
+        _evidence(plan),
+        _groups(plan),
+        _curves(plan),
+        _rest(plan),
+    ]
     if plan.notes:
         blocks.append("Notes\n" + "\n".join(f"  - {note}" for note in plan.notes))
     return "\n\n".join(block for block in blocks if block)
+
+
+def _optimizers(plan: Plan) -> str:
+    """The optimizer, or that of each objective; those that are alike are told once."""
+    said: dict[str, list[str]] = {}
+    for name, objective in plan.objectives.items():
+        settings = "".join(f", {key}={value!r}" for key, value in objective.optimizer_settings.items())
+        said.setdefault(f"{objective.optimizer}{settings}", []).append(name)
+    if len(said) == 1:
+        return next(iter(said))
+    return "; ".join(
+        f"{' and '.join(name or 'others' for name in names)}: {text}" for text, names in said.items()
+    )
+
+
+def _may_end_sooner(stage: PlannedStage) -> bool:
+    """Whether a stage may still end before its length."""
+    return bool(stage.until) and stage.reductions < stage.stop and len(stage.cooled) <= stage.reductions
+
+
+def _evidence(plan: Plan) -> str:
+    """What ends a stage, or cools it, before its length; and what was decided so far."""
+    lines = []
+    for stage in plan.stages:
+        if not stage.until:
+            continue
+        often = (
+            f"checked every {_n(stage.every, 'step')}" if stage.every else "checked at the end of each epoch"
+        )
+        what = f"ends when {stage.until}"
+        if stage.reduce < 1:
+            what = f"rates times {stage.reduce:g} when {stage.until}"
+            if stage.reductions < stage.stop:
+                what += f", {_n(stage.reductions, 'time')}; ends when it does so again"
+        latest = f"at the latest at step {stage.stop:,}"
+        lines.append(f"  {stage.index + 1}  {what} ({often}); {latest}; what follows begins then")
+    lines += [f"     decided: {decision_text(plan.decisions[k])}" for k in range(len(plan.decisions))]
+    return "\n".join(["Ends on evidence", *lines]) if lines else ""
+
+
+def decision_text(decision: Decision) -> str:
+    """A decision in words.
+
+    >>> from lehr.planned_stage import Decision
+    >>> decision_text(Decision(0, 400, "end", 0.7912))
+    'stage 1 ended after step 400, at 0.7912'
+    """
+    what = "ended" if decision.kind == "end" else "cooled"
+    return f"stage {decision.stage + 1} {what} after step {decision.step:,}, at {decision.value:.4g}"
 
 
 def _stages(plan: Plan, total: int) -> str:
@@ -91,7 +148,7 @@ def _groups(plan: Plan) -> str:
         row = [group, str(len(names)), f"{sum(plan.parameters[n] for n in names):,}"]
         for stage in plan.stages:
             frozen = not stage.peak_lr[group]
-            last = plan[stage.stop - 1].lr[group]
+            last = _last_rate(plan, stage, group)
             row += (
                 ["frozen", "", ""]
                 if frozen
@@ -105,25 +162,44 @@ def _groups(plan: Plan) -> str:
 
 def _curves(plan: Plan) -> str:
     lines = []
-    for stage, said in zip(plan.stages, plan.said, strict=True):
-        parts = ", then ".join(
-            f"{seg.part.shape.name} {_n(seg.stop - seg.start, 'step')} ({_span(stage, seg.start, seg.stop)})"
-            for seg in stage.curve.segments
-        )
-        lines.append(
-            f"  {stage.index + 1}  {said}\n     = {parts}; an epoch is {_n(stage.steps_per_epoch, 'step')}"
-        )
+    for stage, of_stage in zip(plan.stages, plan.said, strict=True):
+        for index, (turn, said) in enumerate(zip(stage.turns, of_stage, strict=True)):
+            number = f"{stage.index + 1}" if index == 0 else " " * len(f"{stage.index + 1}")
+            if turn.objective:
+                lines.append(f"  {number}  {turn.objective}: {said}\n     = {_own_parts(stage, index)}")
+            else:
+                lines.append(
+                    f"  {number}  {said}\n     = {_parts(stage)}; an epoch is {_n(stage.steps_per_epoch, 'step')}"
+                )
     return "Schedules\n" + "\n".join(lines)
 
 
-def _span(stage: PlannedStage, start: int, stop: int) -> str:
-    return f"{stage.start + start:,} to {stage.start + stop:,}"
+def _parts(stage: PlannedStage) -> str:
+    """The parts of an ordinary stage's schedule, at the run's steps; those that are over before it begins are left out."""
+    origin = stage.start if stage.clock == "stage" else 0
+    return ", then ".join(
+        f"{seg.part.shape.name} {_n(stop - start, 'step')} ({start:,} to {stop:,})"
+        for seg in stage.curves[0].segments
+        if (stop := origin + seg.stop) > (start := max(stage.start, origin + seg.start))
+    )
+
+
+def _own_parts(stage: PlannedStage, index: int) -> str:
+    """The parts of an objective's schedule, in its own updates, and which of the batches are its own."""
+    turn = stage.turns[index]
+    parts = ", then ".join(
+        f"{seg.part.shape.name} {_n(seg.stop - seg.start, 'update')}" for seg in stage.curves[index].segments
+    )
+    which = "each batch" if turn.every == 1 else f"every {turn.every}th batch"
+    often = "" if turn.repeat == 1 else f", {turn.repeat} times"
+    own = _n(turn.updates(stage.rounds_per_epoch), "update")
+    return f"{parts}; on {which}{often}: {own} of the {stage.steps_per_epoch:,} steps of an epoch"
 
 
 def _rest(plan: Plan) -> str:
     said = [
         f"lowest rate {plan.min_lr:g} (min_lr)" if plan.min_lr else "",
-        f"gradients clipped at norm {plan.clip_norm:g}" if plan.clip_norm != float("inf") else "",
+        *_clipped(plan),
         f"moving average of the weights, decay {plan.ema:g}" if plan.ema else "",
         f"label smoothing {plan.label_smoothing:g}" if plan.label_smoothing else "",
         f"training images changed at random: {', '.join(plan.augment)}" if plan.augment else "",
@@ -140,6 +216,16 @@ def _rest(plan: Plan) -> str:
     return "\n".join(line[0].upper() + line[1:] for line in said if line)
 
 
+def _clipped(plan: Plan) -> list[str]:
+    """At which norm gradients are clipped, of each objective."""
+    norms = {name: o.clip_norm for name, o in plan.objectives.items() if o.clip_norm != float("inf")}
+    if len(norms) == len(plan.objectives) and len(set(norms.values())) == 1:
+        return [f"gradients clipped at norm {next(iter(norms.values())):g}"]
+    return [
+        f"gradients of {name or 'ordinary stages'} clipped at norm {norm:g}" for name, norm in norms.items()
+    ]
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
     """Columns two spaces apart; `align` has "l" or "r" for each."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
@@ -152,6 +238,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> 
         for row in (header, *rows)
     ]
     return "\n".join(lines)
+
+
+def _last_rate(plan: Plan, stage: PlannedStage, group: str) -> float:
+    """The rate of a group at the last update of the stage that trains it."""
+    rates = plan.lr(group)[stage.start : stage.stop]
+    return float(rates[rates > 0][-1]) if rates.any() else 0.0
 
 
 def _rate(value: float) -> str:

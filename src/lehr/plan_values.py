@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,11 @@ from lehr.untrusted import brief, printable
 
 MOST_STEPS = 10**8
 """Of a whole run, a thousand times as many as a long one has: a rate is kept for each."""
+
+MOST_TURNS = 100
+"""Of objectives in a stage."""
+MOST_IN_TURNS = 10**7
+"""Of steps in an epoch that several objectives share: whose turn each is, is kept."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -28,6 +33,14 @@ _Endless = Annotated[float, Field(gt=0)]  # infinite where there is none
 
 
 @dataclass(frozen=True, config=_STRICT)
+class _Turn:
+    objective: str
+    every: _Positive
+    repeat: _Positive
+    schedule: str
+
+
+@dataclass(frozen=True, config=_STRICT)
 class _Stage:
     index: _Count
     label: str
@@ -35,12 +48,35 @@ class _Stage:
     stop: _Step
     first_epoch: _Step
     steps_per_epoch: _Positive
+    rounds_per_epoch: _Positive
     batch_size: _Positive
     accumulate: _Positive
-    schedule: str
+    turns: Annotated[list[_Turn], Field(min_length=1, max_length=MOST_TURNS)]
     peak_lr: dict[str, _Rate]
     weight_decay: dict[str, _Rate]
     restore_best: bool
+    span: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    clock: Literal["stage", "run"]
+    until: str
+    every: _Step
+    reduce: Annotated[float, Field(gt=0, le=1)]
+    reductions: _Step
+    cooled: list[_Step]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class _Objective:
+    optimizer: Annotated[str, Field(min_length=1)]
+    optimizer_settings: dict[str, Any]
+    clip_norm: _Endless
+
+
+@dataclass(frozen=True, config=_STRICT)
+class _Decision:
+    stage: _Count
+    step: _Step
+    kind: Literal["end", "reduce"]
+    value: float
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -49,19 +85,19 @@ class _Plan:
     samples: Annotated[int, Field(ge=1, lt=2**63)]
     stages: Annotated[list[_Stage], Field(min_length=1)]
     groups: dict[str, list[str]]
+    owners: dict[str, str]
     parameters: dict[str, _Count]
-    optimizer: Annotated[str, Field(min_length=1)]
-    optimizer_settings: dict[str, Any]
+    objectives: Annotated[dict[str, _Objective], Field(min_length=1)]
     min_lr: _Rate
-    clip_norm: _Endless
     ema: Annotated[float, Field(ge=0, lt=1)]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     seed: _Count
     monitor: str
     patience: _Endless
-    said: list[str]
+    said: list[list[str]]
     augment: list[str]
     notes: list[str]
+    decisions: list[_Decision]
 
 
 _READER = TypeAdapter(_Plan)
@@ -79,14 +115,24 @@ def check_plan(plain: Mapping[str, Any]) -> None:
         found = error.errors(include_url=False)[0]
         place = ".".join(printable(str(part)[:100]) for part in found["loc"])
         raise ValueError(f"{place}: {brief(found['input'], 80)}: {found['msg'].lower()}") from None
+    _check_objectives(plan)
     _check_stages(plan)
-    names = list(chain.from_iterable(plan.groups.values()))
-    if len(set(names)) != len(names):
-        raise ValueError("groups: a parameter is in two of them")
-    if not plan.parameters.keys() >= set(names):
+    if not plan.parameters.keys() >= set(chain.from_iterable(plan.groups.values())):
         raise ValueError("groups: a parameter that the model does not have")
-    if len(plan.said) != len(plan.stages):
-        raise ValueError("said: not one schedule for each stage")
+    if [len(said) for said in plan.said] != [len(stage.turns) for stage in plan.stages]:
+        raise ValueError("said: not one schedule for each stage, and each of its objectives")
+
+
+def _check_objectives(plan: _Plan) -> None:
+    """Each group is one objective's, and no parameter is in two groups of it."""
+    if plan.owners.keys() != plan.groups.keys() or not set(plan.owners.values()) <= plan.objectives.keys():
+        raise ValueError("owners: not each group is one objective's")
+    for objective in plan.objectives:
+        names = [
+            name for group, own in plan.groups.items() if plan.owners[group] == objective for name in own
+        ]
+        if len(set(names)) != len(names):
+            raise ValueError("groups: a parameter is in two of them")
 
 
 def _check_stages(plan: _Plan) -> None:
@@ -98,5 +144,15 @@ def _check_stages(plan: _Plan) -> None:
             raise ValueError(f"{where}: does not begin where the stage before ends, or has no step")
         if stage.peak_lr.keys() != plan.groups.keys() or stage.weight_decay.keys() != plan.groups.keys():
             raise ValueError(f"{where}: not one rate and one decay for each group")
+        if not {turn.objective for turn in stage.turns} <= plan.objectives.keys():
+            raise ValueError(f"{where}.turns: an objective that the plan does not have")
+        updates = sum(-(-stage.rounds_per_epoch // turn.every) * turn.repeat for turn in stage.turns)
+        if updates != stage.steps_per_epoch or updates > MOST_STEPS:
+            raise ValueError(
+                f"{where}: {stage.steps_per_epoch} steps in an epoch, and its turns make {updates}"
+            )
+        turns = {turn.objective for turn in stage.turns}
+        if any(peak and plan.owners[group] not in turns for group, peak in stage.peak_lr.items()):
+            raise ValueError(f"{where}: a rate for a group that is no turn's")
         step = stage.stop
         epoch += -(-(stage.stop - stage.start) // stage.steps_per_epoch)

@@ -9,7 +9,7 @@ is in `plan_text.py`; how it is applied to a model, in `run/`. This file must no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from lehr import plan_json
-from lehr.curves import Curve, Schedule
 from lehr.errors import RecipeError, SelectionError, nearest
 from lehr.notation import read_schedule
 from lehr.plan_text import plan_text
 from lehr.plan_values import check_plan
+from lehr.planned_stage import Decision, PlannedStage, Turn
 from lehr.shapes import Array
 from lehr.untrusted import printable, printable_lines
 
@@ -32,8 +32,9 @@ class Step:
     """One optimizer update: what trains and how fast.
 
     `index` is 0-based over the run, `epoch` counts passes over the data from 0 (a stage begins a new one),
-    `trainable` are parameter names, `lr` and `weight_decay` have one number for each group of the plan: 0.0
-    where the group is frozen. Both tables are read-only; a step pickles, copies and hashes as a value.
+    `trainable` are parameter names, `lr` and `weight_decay` have one number for each group of the step's objective:
+    0.0 where the group is frozen. `objective` is whose turn it is, "" in an ordinary stage. Both tables are
+    read-only; a step pickles, copies and hashes as a value.
     """
 
     index: int
@@ -42,13 +43,14 @@ class Step:
     trainable: frozenset[str]
     lr: Mapping[str, float]
     weight_decay: Mapping[str, float]
+    objective: str = ""
 
     def __hash__(self) -> int:
-        return hash((self.index, self.stage, self.epoch, self.trainable))
+        return hash((self.index, self.stage, self.epoch, self.trainable, self.objective))
 
     def __reduce__(self) -> tuple[Callable[..., Step], tuple[Any, ...]]:
         tables = dict(self.lr), dict(self.weight_decay)  # a read-only view does not pickle
-        return _step, (self.index, self.stage, self.epoch, self.trainable, *tables)
+        return _step, (self.index, self.stage, self.epoch, self.trainable, *tables, self.objective)
 
 
 def _step(
@@ -58,62 +60,32 @@ def _step(
     trainable: frozenset[str],
     lr: dict[str, float],
     decay: dict[str, float],
+    objective: str,
 ) -> Step:
-    return Step(index, stage, epoch, trainable, MappingProxyType(lr), MappingProxyType(decay))
+    return Step(index, stage, epoch, trainable, MappingProxyType(lr), MappingProxyType(decay), objective)
 
 
 @dataclass(frozen=True)
-class PlannedStage:
-    """A stage in numbers: the half-open steps [start, stop), its batches, its schedule in whole steps, and
-    what trains at which peak.
+class PlannedObjective:
+    """The optimizer of an objective: a class of `torch.optim` by name, its own keywords, and the largest norm of its
+    gradients (infinite where they are not clipped).
     """
 
-    index: int
-    label: str
-    start: int
-    stop: int
-    first_epoch: int
-    steps_per_epoch: int
-    batch_size: int
-    accumulate: int
-    schedule: Schedule
-    peak_lr: Mapping[str, float]
-    weight_decay: Mapping[str, float]
-    restore_best: bool
-
-    def __hash__(self) -> int:
-        return hash((self.index, self.label, self.start, self.stop, self.schedule))
-
-    @property
-    def steps(self) -> int:
-        """The number of updates."""
-        return self.stop - self.start
-
-    @property
-    def epochs(self) -> int:
-        """The number of passes over the data that it begins; the last may be cut short."""
-        return -(-self.steps // self.steps_per_epoch)
-
-    @cached_property
-    def curve(self) -> Curve:
-        """The schedule over this stage's steps."""
-        return self.schedule.over(steps=self.steps, steps_per_epoch=self.steps_per_epoch)
-
-    def epoch_ranges(self) -> Iterator[tuple[int, int, int]]:
-        """Each epoch with its half-open range of steps: (epoch, start, stop)."""
-        for k in range(self.epochs):
-            start = self.start + k * self.steps_per_epoch
-            yield self.first_epoch + k, start, min(start + self.steps_per_epoch, self.stop)
+    optimizer: str
+    optimizer_settings: Mapping[str, Any]
+    clip_norm: float
 
 
 @dataclass(frozen=True)
 class Plan:
     """A whole run in numbers. `plan[t]` is a pure function of `t`; iteration gives the steps in order.
 
-    `groups` maps each group to its parameter names: disjoint, over everything that any stage trains, the
-    same for the whole run. `parameters` maps every parameter of the model to its number of scalars.
-    `clip_norm` and `patience` are infinite and `ema` is 0.0 where there is none. `said` has each stage's
-    schedule as the recipe wrote it; like `notes` and `model` it is for the page only, and not in the hash.
+    `groups` maps each group to its parameter names, the same for the whole run. There is an optimizer for each of
+    `objectives`, "" being that of ordinary stages; `owners` says whose each group is, and those of one are disjoint.
+    `parameters` maps every parameter of the model to its number of scalars. `patience` is infinite and `ema` is 0.0
+    where there is none. `said` has each stage's schedules as the recipe wrote them; like `notes` and `model` it is for
+    the page only, and not in the hash. `decisions` are what was decided on evidence while the run went on: a plan
+    with them is the same function with one more input.
 
     Example:
         >>> from lehr.recipe import Recipe, Stage
@@ -129,19 +101,19 @@ class Plan:
     samples: int
     stages: tuple[PlannedStage, ...]
     groups: Mapping[str, tuple[str, ...]]
+    owners: Mapping[str, str]
     parameters: Mapping[str, int]
-    optimizer: str
-    optimizer_settings: Mapping[str, Any]
+    objectives: Mapping[str, PlannedObjective]
     min_lr: float
-    clip_norm: float
     ema: float
     label_smoothing: float
     seed: int
     monitor: str
     patience: float
-    said: tuple[str, ...]
+    said: tuple[tuple[str, ...], ...]
     augment: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    decisions: tuple[Decision, ...] = ()
 
     def __hash__(self) -> int:
         return int(self.hash[:16], 16)
@@ -164,7 +136,8 @@ class Plan:
         return plan_json.content_hash(self.to_dict())
 
     def lr(self, group: str) -> Array:
-        """The learning rate of `group` at every step: float64, shape [total_steps]; 0.0 where it is frozen.
+        """The learning rate of `group` at every step: float64, shape [total_steps]; 0.0 where it is frozen, which it is
+        in the turns of other objectives.
 
         Raises:
             SelectionError: for a group that the plan does not have.
@@ -185,9 +158,35 @@ class Plan:
             raise IndexError(f"plan[{step!r}]: the plan has the steps 0 to {self.total_steps - 1}")
         return next(stage for stage in self.stages if step < stage.stop)
 
+    def groups_of(self, objective: str) -> tuple[str, ...]:
+        """The groups of an objective, in order."""
+        return self._groups_of[objective]
+
     def trainable(self, stage: PlannedStage) -> frozenset[str]:
-        """The names of the parameters that `stage` trains."""
-        return self._trainable[stage.index]
+        """The names of the parameters that `stage` trains, in whose turn ever."""
+        return frozenset().union(*self._trainable[stage.index])
+
+    def decided(self, decision: Decision) -> Plan:
+        """The plan with one more decision: a stage that ends there, and the later ones that follow at once; or one that
+        cools from there on. What came before the decision stays the same, to the bit.
+
+        Raises:
+            RecipeError: for a place at which the stage has no such decision to make.
+        """
+        stage = self.stages[decision.stage] if 0 <= decision.stage < len(self.stages) else None
+        if stage is None or not stage.start < decision.step <= stage.stop:
+            raise RecipeError(f"{decision}: the plan has no such place")
+        if decision.kind == "reduce":
+            changed = [replace(stage, cooled=(*stage.cooled, decision.step))]
+        else:
+            changed = [replace(stage, stop=decision.step)]
+        for later in self.stages[stage.index + 1 :]:
+            before = changed[-1]
+            stop = later.stop if later.clock == "run" else before.stop + later.steps
+            first_epoch = before.first_epoch + before.epochs
+            changed.append(replace(later, start=before.stop, stop=stop, first_epoch=first_epoch))
+        stages = (*self.stages[: stage.index], *changed)
+        return replace(self, stages=stages, decisions=(*self.decisions, decision))
 
     def __getitem__(self, step: int) -> Step:
         stage = self.stage_at(step)
@@ -205,43 +204,44 @@ class Plan:
         """The steps of the half-open range [start, stop), which lies within `stage`; as `plan[t]`, only
         faster.
         """
-        here = slice(start - stage.start, stop - stage.start)
-        rates = self._rates(stage)
-        columns = [rates[group][here].tolist() for group in self.groups]
-        names, trainable = tuple(self.groups), self._trainable[stage.index]
-        decay = MappingProxyType(dict(stage.weight_decay))
-        for t, row in zip(range(start, stop), zip(*columns, strict=True), strict=True):
+        rates, here = self._rates(stage), slice(start - stage.start, stop - stage.start)
+        rows: list[Iterator[tuple[float, ...]]] = []
+        tables: list[tuple[tuple[str, ...], frozenset[str], Mapping[str, float], str]] = []
+        for turn, trainable in zip(stage.turns, self._trainable[stage.index], strict=True):
+            names = self.groups_of(turn.objective)
+            columns = [rates[group][here].tolist() for group in names]
+            rows.append(zip(*columns, strict=True))
+            decays = MappingProxyType({group: stage.weight_decay[group] for group in names})
+            tables.append((names, trainable, decays, turn.objective))
+        turns = stage.turns_of(start, stop)
+        for t, turn_index, values in zip(range(start, stop), turns, zip(*rows, strict=True), strict=True):
+            names, trainable, decay, objective = tables[turn_index]
             epoch = stage.first_epoch + (t - stage.start) // stage.steps_per_epoch
-            yield Step(
-                t, stage.index, epoch, trainable, MappingProxyType(dict(zip(names, row, strict=True))), decay
-            )
+            lr = MappingProxyType(dict(zip(names, values[turn_index], strict=True)))
+            yield Step(t, stage.index, epoch, trainable, lr, decay, objective)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values: numbers, texts, lists and tables only."""
         plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         stages = [
-            {**{f.name: getattr(s, f.name) for f in fields(s)}, "schedule": str(s.schedule)}
-            for s in self.stages
+            {**_plain(stage), "turns": [{**_plain(t), "schedule": str(t.schedule)} for t in stage.turns]}
+            for stage in self.stages
         ]
-        return {**plain, "stages": stages}
+        objectives = {name: _plain(objective) for name, objective in self.objectives.items()}
+        decisions = [_plain(decision) for decision in self.decisions]
+        return {**plain, "stages": stages, "objectives": objectives, "decisions": decisions}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
         """The plan that `to_dict` gave."""
-        stages = tuple(
-            PlannedStage(**{**s, "schedule": read_schedule(s["schedule"])}) for s in plain["stages"]
-        )
-        groups = {group: tuple(names) for group, names in plain["groups"].items()}
-        return cls(
-            **{
-                **plain,
-                "stages": stages,
-                "groups": groups,
-                "said": tuple(plain["said"]),
-                "augment": tuple(plain["augment"]),
-                "notes": tuple(plain["notes"]),
-            }
-        )
+        read: dict[str, Any] = {
+            "stages": tuple(_stage_from(stage) for stage in plain["stages"]),
+            "groups": {group: tuple(names) for group, names in plain["groups"].items()},
+            "objectives": {name: PlannedObjective(**said) for name, said in plain["objectives"].items()},
+            "said": tuple(map(tuple, plain["said"])),
+            "decisions": tuple(Decision(**decision) for decision in plain["decisions"]),
+        }
+        return cls(**{**plain, **read, "augment": tuple(plain["augment"]), "notes": tuple(plain["notes"])})
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, with its hash."""
@@ -260,7 +260,8 @@ class Plan:
             check_plan(plain)
             plan = cls.from_dict(plain)
             for stage in plan.stages:
-                stage.curve  # noqa: B018 - a schedule that does not fit its stage is refused here
+                stage.curves  # noqa: B018 - a schedule that does not fit its stage is refused here
+                stage.condition  # noqa: B018 - nor is a condition that is none
         except ValueError as error:
             raise RecipeError(
                 f"{printable(str(path))}: not a plan: {error}; make it again with `lehr plan --json`"
@@ -271,9 +272,23 @@ class Plan:
         return printable_lines(plan_text(self))  # names of parameters and patterns are whatever someone chose
 
     @cached_property
-    def _trainable(self) -> tuple[frozenset[str], ...]:
+    def _groups_of(self) -> dict[str, tuple[str, ...]]:
+        return {name: tuple(g for g in self.groups if self.owners[g] == name) for name in self.objectives}
+
+    @cached_property
+    def _trainable(self) -> tuple[tuple[frozenset[str], ...], ...]:
+        """What each turn of each stage trains."""
         return tuple(
-            frozenset(n for g, peak in s.peak_lr.items() if peak for n in self.groups[g]) for s in self.stages
+            tuple(
+                frozenset(
+                    name
+                    for group in self.groups_of(turn.objective)
+                    if stage.peak_lr[group]
+                    for name in self.groups[group]
+                )
+                for turn in stage.turns
+            )
+            for stage in self.stages
         )
 
     @cached_property
@@ -283,12 +298,24 @@ class Plan:
     def _rates(self, stage: PlannedStage) -> Mapping[str, Array]:
         """rate = min_lr + (peak - min_lr) * factor, for every group and step of a stage; computed once."""
         if stage.index not in self._rate_arrays:
-            factor = stage.curve(np.arange(stage.steps))
-            self._rate_arrays[stage.index] = {
-                group: self.min_lr + (peak - self.min_lr) * factor if peak else np.zeros(stage.steps)
-                for group, peak in stage.peak_lr.items()
-            }
+            rates = {group: np.zeros(stage.steps) for group in self.groups}
+            for index, turn in enumerate(stage.turns):
+                steps, factors = stage.factors(index)
+                for group in self.groups_of(turn.objective):
+                    if peak := stage.peak_lr[group]:
+                        rates[group][steps] = self.min_lr + (peak - self.min_lr) * factors
+            self._rate_arrays[stage.index] = rates
         return self._rate_arrays[stage.index]
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, one level deep."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def _stage_from(plain: Mapping[str, Any]) -> PlannedStage:
+    turns = (Turn(**{**turn, "schedule": read_schedule(turn["schedule"])}) for turn in plain["turns"])
+    return PlannedStage(**{**plain, "turns": tuple(turns), "cooled": tuple(plain["cooled"])})
 
 
 def batches_in(samples: int, batch_size: int) -> int:

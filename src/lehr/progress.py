@@ -11,24 +11,23 @@ Losses have four significant digits, other metrics up to 1 four decimals (`0.941
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal, TextIO, get_args
+from dataclasses import replace
+from typing import TextIO
 
 from tqdm import tqdm
 
-from lehr.errors import RequestError, nearest
 from lehr.events import (
     CheckpointFailed,
+    ConditionMet,
     EpochEnded,
     Event,
     Interrupted,
     Note,
     Progressed,
+    RateReduced,
     Resumed,
     RunEnded,
     RunFailed,
@@ -37,6 +36,7 @@ from lehr.events import (
     StageStarted,
     Validating,
 )
+from lehr.terminal import Mode, Sink, bar_format, columns_of
 from lehr.wording import (
     BAR,
     BAR_ROOM,
@@ -48,12 +48,10 @@ from lehr.wording import (
     fit,
     fold,
     headline_of,
-    loss_text,
+    losses_text,
     speed,
     width,
 )
-
-Mode = Literal["auto", "bar", "lines", "off"]
 
 _BOLD, _RED, _GREEN, _YELLOW = "1", "31", "32", "33"
 
@@ -84,39 +82,19 @@ def progress(
         >>> observer(EpochEnded(0, 0, 90, 0.5, {"valid_accuracy": 0.9}, {"head": 1e-3}, 3.21, 500.0, True))
         epoch 1 · train_loss=0.5000 valid_accuracy=0.9000 · lr head=1.0e-03 · 500 samples/s · 3.2 s · best
     """
-    if mode not in get_args(Mode):
-        raise RequestError(
-            f"progress: mode is {mode!r}{nearest(str(mode), get_args(Mode)) or ';'} "
-            f"expected one of {', '.join(get_args(Mode))}"
-        )
-    env = os.environ if environ is None else environ
-    notebook = stream in (None, sys.stdout, sys.stderr) and _in_notebook()
-    chosen = stream or (sys.stdout if notebook else sys.stderr)
-    if chosen is None or _rank(env) != "0":  # a windowed program has no standard error
-        return Progress(chosen, mode="off", environ=env, clock=clock, notebook=False)
-    if mode == "auto":
-        mode = "bar" if notebook or (chosen.isatty() and env.get("TERM") != "dumb") else "lines"
-    return Progress(chosen, mode=mode, environ=env, clock=clock, notebook=notebook)
+    return Progress(Sink.of("progress", stream, mode, environ), clock=clock)
 
 
 class Progress:
     """What `progress` makes: call it with events; `close` takes an unfinished bar away."""
 
-    def __init__(
-        self,
-        stream: TextIO,
-        *,
-        mode: Mode,
-        environ: Mapping[str, str],
-        clock: Callable[[], float],
-        notebook: bool,
-    ) -> None:
-        self._stream, self._mode, self._environ, self._clock = stream, mode, environ, clock
-        self._notebook = notebook
-        self._terminal = mode != "off" and stream.isatty()
-        plain = environ.get("NO_COLOR", "") != "" or environ.get("TERM") == "dumb" or sys.platform == "win32"
-        self._colours = mode == "bar" and self._terminal and not plain
-        self._words = Words.of(stream)
+    def __init__(self, sink: Sink, *, clock: Callable[[], float]) -> None:
+        self._sink, self._clock = sink, clock
+        self._stream, self._mode = sink.stream, sink.mode
+        env = sink.environ
+        plain = env.get("NO_COLOR", "") != "" or env.get("TERM") == "dumb" or sys.platform == "win32"
+        self._colours = sink.mode == "bar" and sink.terminal and not plain
+        self._words = Words.of(sink.stream)
         self._bar: tqdm[None] | None = None
         self._bar_is = ("", -1)  # what the bar counts ("training", "validating"), and in which epoch
         self._bar_began = (0.0, 0)  # when it was first drawn, and what it showed then
@@ -152,7 +130,7 @@ class Progress:
                 self._move("validating", event.done, event.total)
             case EpochEnded():
                 self._epoch, self._headline = event.epoch + 1, headline_of(event.metrics)
-                self._say(words.epoch(event, self._run, self._room()), _GREEN if event.best else "")
+                self._say(words.epoch(event, self._run, self._sink.room), _GREEN if event.best else "")
             case Resumed():  # shown below, once it is known how long the run is
                 self._resumed = event
             case RunStarted():
@@ -166,7 +144,15 @@ class Progress:
                 self._say(words.stage(event, self._run), _BOLD)
             case Note():
                 self._say(words.note(event), _YELLOW, keep_bar=True)
-            case StageEnded() if event.reason != "length" or event.restored_epoch is not None:
+            case ConditionMet():
+                if self._run:
+                    self._run = replace(
+                        self._run, total_steps=event.total_steps, total_epochs=event.total_epochs
+                    )
+                self._say(words.condition_met(event), _BOLD)
+            case RateReduced():
+                self._say(words.rate_reduced(event), _BOLD)
+            case StageEnded() if event.reason == "patience" or event.restored_epoch is not None:
                 self._say(words.stage_ended(event))
             case RunEnded():
                 self._say(words.run_ended(event), _BOLD)
@@ -186,13 +172,11 @@ class Progress:
         if self._bar_is != (what, self._epoch):
             self.close()
             self._bar_is, self._bar_began = (what, self._epoch), (self._clock(), done)
-        room = self._room()
+        room = self._sink.room
         text = self._bar_text(what, done, total, room)
-        # tqdm fills this text as a template; braces are rare in names, and shown as parentheses.
-        text = text.replace("{", "(").replace("}", ")").replace(GLUE, " ").replace(BAR * BAR_ROOM, "{bar}")
-        columns = None if math.isinf(room) else int(room)
+        text, columns = bar_format(text), columns_of(room)
         if self._bar is None:
-            self._bar = _tqdm(self._notebook)(
+            self._bar = self._sink.tqdm(
                 total=total,
                 initial=done,
                 file=self._stream,
@@ -211,7 +195,7 @@ class Progress:
     def _bar_text(self, what: str, done: int, total: int, room: float) -> str:
         """The bar's line, with `BAR` where the bar goes; parts of low rank are kept longest."""
         words, last = self._words, self._last
-        loss = f" loss={loss_text(last.loss)}" if last else ""
+        loss = f" {losses_text(last.loss, last.losses)}" if last else ""
         phase = f" {words.dot} validating" if what == "validating" else ""
         lead = words.where(self._stage, self._run, self._epoch, room - width(phase + loss)) + phase
         metric = words.metrics(dict([self._headline])) if self._headline else ""
@@ -237,7 +221,7 @@ class Progress:
             if self._bar is not None and self._bar.total:
                 self._bar.n = self._bar.total  # or a notebook would keep it, in red
             self.close()
-        lines = [line for paragraph in text.split("\n") for line in fold(paragraph, self._room())]
+        lines = [line for paragraph in text.split("\n") for line in fold(paragraph, self._sink.room)]
         shown = "\n".join(lines).replace(GLUE, " ")
         if colour and self._colours:
             shown = f"\x1b[{colour}m{shown}\x1b[0m"
@@ -246,39 +230,3 @@ class Progress:
         else:
             self._stream.write(shown + "\n")
         self._stream.flush()
-
-    def _room(self) -> float:
-        """The columns that a line may take: all but the last, after which some terminals wrap."""
-        widget, file = self._notebook and self._mode == "bar", not self._terminal and self._mode == "lines"
-        if widget or file:
-            return math.inf
-        columns = self._environ.get("COLUMNS", "")
-        if columns.isascii() and columns.isdigit() and int(columns) > 0:
-            return max(int(columns) - 1, 10)
-        try:
-            found = os.get_terminal_size(self._stream.fileno()).columns
-        except (OSError, ValueError):  # not a terminal, or no file at all
-            found = 0
-        return max((found or 80) - 1, 10)
-
-
-def _rank(environ: Mapping[str, str]) -> str:
-    """This process's rank. Slurm's number counts in a distributed run only, for it also numbers a sweep."""
-    slurm = environ.get("SLURM_PROCID", "0") if "WORLD_SIZE" in environ else "0"
-    return environ.get("RANK") or environ.get("LOCAL_RANK") or slurm
-
-
-def _in_notebook() -> bool:
-    """Whether a notebook's kernel runs us: IPython is loaded already, and was started by one."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and "IPKernelApp" in shell.config
-
-
-def _tqdm(notebook: bool) -> Callable[..., tqdm[None]]:
-    """The bar's class: tqdm.auto only where it would draw a widget, since elsewhere importing it warns."""
-    if notebook and importlib.util.find_spec("ipywidgets"):
-        from tqdm.auto import tqdm as widget
-
-        return widget
-    return tqdm

@@ -1,46 +1,91 @@
-"""What a person writes: `Recipe` and `Stage`, frozen and validated, and the strict TOML reader.
+"""What a person writes: `Recipe`, `Stage` and `Objective`, frozen and validated.
 
 A recipe is words: durations keep their units, patterns stay patterns, a percentage stays one. Nothing here
 knows a model or how much data there is; `resolving.py` brings them together. Every mistake is a
-`RecipeError` that names the place.
+`RecipeError` that names the place. How a recipe is read from a file is in `recipe_file.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, fields
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final
 
-import tomlkit
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
+from lehr.conditions import Condition
 from lehr.curves import Schedule
-from lehr.errors import RecipeError, nearest
+from lehr.errors import RecipeError
+from lehr.recipe_findings import MisplacedError, missing, speaking
 from lehr.recipe_values import (
+    Clock,
+    ConditionSaid,
     Count,
     Epochs,
+    Every,
     LayerDecay,
     Length,
+    LossSaid,
     LrRule,
+    Name,
     NonNegative,
     OptimizerSaid,
     Patterns,
     Positive,
     Rate,
+    Reduction,
     ScheduleSaid,
     Share,
     Trained,
 )
 from lehr.schedules import cosine, warmup
 from lehr.toml import toml_lines
-from lehr.untrusted import MIB, brief, printable, read_bytes
 
-_T = TypeVar("_T")
-_LARGEST = MIB  # of the text of a recipe; a long one has some thousand bytes
-_MOST_FINDINGS = 20  # lines in one message
 _CLOSED = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_CLOSED)
+class Objective:
+    """One of several things that a stage trains for, in turns: its own loss, parameters, optimizer, rates and counter.
+
+    On each batch (each window of batches, where gradients are accumulated) the stage's objectives take their turns
+    in order. While one trains, everything else is frozen.
+
+    Args:
+        name: a short word such as `"d"`; its losses are told as `d_loss`. The same name in several stages is the same
+            optimizer.
+        loss: `loss(model, batch)` returns the mean over the batch, a scalar tensor, or a dict with it as `loss`. It may
+            be given to `lehr.fit` instead, as `loss={"d": ...}`, so that a recipe can be a file.
+        train: a pattern or a list of patterns: what it trains.
+        lr: the peak rate, or one for each pattern.
+        optimizer: as in `Recipe`, which is the default.
+        schedule: over this objective's own updates in the stage; by default the stage's or the recipe's.
+        weight_decay: by default the stage's or the recipe's.
+        clip_norm: by default the recipe's; of this objective's gradients alone.
+        every: takes its turn on batches 0, every, 2 * every, ... of each epoch.
+        repeat: updates on each of these batches.
+
+    Raises:
+        RecipeError: for an unknown key or a value that cannot be, naming the key.
+
+    Example:
+        >>> Objective("d", train="discriminator", lr=2e-4).every
+        1
+    """
+
+    name: Name
+    loss: LossSaid | None = None
+    _: KW_ONLY
+    train: Trained
+    lr: Rate
+    optimizer: OptimizerSaid | None = None
+    schedule: ScheduleSaid | None = None
+    weight_decay: NonNegative | None = None
+    clip_norm: Positive | None = None
+    every: Count = 1
+    repeat: Count = 1
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -48,10 +93,20 @@ class Stage:
     """A stretch of the run with one set of trained parameters; what it leaves out it takes from the recipe.
 
     Args:
-        length: `"5 epochs"` or `"400 steps"`.
+        length: `"5 epochs"` or `"400 steps"`; with `until`, at the latest.
         train: a pattern or a list of patterns (`lehr.selection`): what trains; everything else is frozen.
         lr: the peak rate, or one for each pattern: `{"head": 1e-3, "backbone": 1e-4}`.
-        schedule: the curve over this stage that multiplies the peak rates.
+        objectives: several `Objective`s that take turns, instead of `train` and `lr`.
+        until: ends the stage on a measured condition: `"train_error < 0.80"`, `"valid_accuracy > 0.95"`,
+            `"valid_loss plateaus 3 epochs"` (no new best for so long).
+        every: `"50 steps"`: `until` is checked so often, on the mean over the samples of those steps; a metric of the
+            training only. By default it is checked at the end of each epoch.
+        reduce: 0.1 multiplies the rates by it at each plateau that `until` finds, instead of ending the stage;
+            `{"by": 0.1, "times": 2}` ends it at the plateau after two reductions. A warm-up counts as no plateau.
+        clock: `"run"` counts `length` and `schedule` from the run's first step, so that "64000 steps" is where the run
+            is then, however long the stages before it took; `"stage"` from the stage's own.
+        schedule: the curve over this stage that multiplies the peak rates; over its latest length, where `until` may
+            end it sooner.
         batch_size: samples in a batch, 1 or more.
         accumulate: batches whose gradients make one step, 1 or more.
         weight_decay: 0 or more; not applied to what the recipe's `no_decay` names.
@@ -59,23 +114,43 @@ class Stage:
         restore_best: end the stage with its best weights by `monitor`, and go on from them.
 
     Raises:
-        RecipeError: for an unknown key or a value that cannot be, naming the key.
+        RecipeError: for an unknown key, a value that cannot be, or keys that do not go together, naming the key.
 
     Example:
         >>> Stage("5 epochs", train="head", lr=1e-3).train
         ('head',)
+        >>> Stage("2 epochs", train="all", lr=0.01, until="train_error < 0.80", every="50 steps").until
+        Condition.parse("train_error < 0.8")
     """
 
     length: Length
     _: KW_ONLY
-    train: Trained
-    lr: Rate
+    objectives: Sequence[Objective] = Field(default=(), validate_default=True, kw_only=True)
+    train: Trained | None = Field(default=None, validate_default=True, kw_only=True)
+    lr: Rate | None = Field(default=None, validate_default=True, kw_only=True)
+    until: ConditionSaid | None = None
+    every: Every | None = None
+    reduce: Reduction | None = None
+    clock: Clock = "stage"
     schedule: ScheduleSaid | None = None
     batch_size: Count | None = None
     accumulate: Count | None = None
     weight_decay: NonNegative | None = None
     layer_decay: LayerDecay | None = None
     restore_best: Annotated[bool, Field(strict=True)] | None = None
+
+    @field_validator("train", "lr", mode="before")
+    @classmethod
+    def _is_said(cls, said: object, info: ValidationInfo) -> object:
+        """What trains, and how fast, must be said, unless objectives say it (or are said, and wrong)."""
+        if said is None and not info.data.get("objectives", "wrong"):
+            raise ValueError(missing(str(info.field_name)))
+        return said
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objectives", tuple(self.objectives))
+        _check_objectives(self)
+        _check_until(self)
 
 
 @dataclass(frozen=True, config=_CLOSED)
@@ -137,25 +212,9 @@ class Recipe:
             )
         object.__setattr__(self, "stages", tuple(self.stages))
 
-    @property
-    def optimizer_name(self) -> str:
-        """The optimizer's name as it was written."""
-        return self.optimizer if isinstance(self.optimizer, str) else str(self.optimizer["name"])
-
-    @property
-    def optimizer_settings(self) -> dict[str, Any]:
-        """The optimizer's own keywords."""
-        return (
-            {}
-            if isinstance(self.optimizer, str)
-            else {k: v for k, v in self.optimizer.items() if k != "name"}
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """All that is said or is a default, as plain values in the form that TOML has; what is None is left out."""
-        plain = _said(self, Recipe)
-        stages = plain.pop("stages")
-        return {**plain, "stages": [_said(stage, Stage) for stage in stages]}
+        return _said(self)
 
     def to_toml(self) -> str:
         """The recipe as TOML, defaults included, so that it keeps its meaning if a default changes one day.
@@ -163,222 +222,82 @@ class Recipe:
         `load_recipe` reads it back as an equal recipe.
         """
         plain = self.to_dict()
-        stages = [["", "[[stages]]", *toml_lines(stage)] for stage in plain.pop("stages")]
-        return "\n".join([*toml_lines(plain), *(line for lines in stages for line in lines)]) + "\n"
+        stages = [line for stage in plain.pop("stages") for line in ("", *stage_lines(stage))]
+        return "\n".join([*toml_lines(plain), *stages]) + "\n"
 
 
-def recipe_from(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """A recipe from plain values, as a TOML file holds them.
-
-    Raises:
-        RecipeError: listing everything that is wrong, each with its place below `where`.
-    """
-    try:
-        return _READER.validate_python(dict(table))
-    except ValidationError as error:
-        raise RecipeError(_explain(error, where)) from None
-    except RecipeError as error:
-        raise type(error)(f"{where}: {error}") from None
-    except RecursionError:
-        raise RecipeError(
-            f"{where}: tables or lists within each other without end; a recipe has two levels"
-        ) from None
-
-
-def load_recipe(path: str | Path, *, settings: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from a TOML file, with `settings` such as `"stages.0.lr=1e-3"` laid over it.
-
-    Raises:
-        RecipeError: where the file cannot be read, is no TOML, or says something that cannot be, naming
-            file and key.
-    """
-    name = printable(str(path))
-    try:
-        text = read_bytes(path, most=_LARGEST).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError(
-            f"{name}: cannot be read: {reason}; `lehr init DATA` writes a recipe to start from"
-        ) from None
-    return recipe_from(overridden(_parsed(text, name), settings), where=name)
-
-
-def _parsed(text: str, where: str) -> dict[str, Any]:
-    """What a TOML text says, as plain values."""
-    try:
-        return tomlkit.parse(text).unwrap()
-    except RecursionError:
-        raise RecipeError(f"{where}: not TOML that a recipe needs: lists within lists within lists") from None
-    except Exception as error:  # tomlkit lets ValueError, AttributeError and more of Python's through
-        said = printable(str(error)[:200]) or type(error).__name__
-        raise RecipeError(f"{where}: not TOML: {said}") from None
-
-
-def overridden(table: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """A copy of `table` with each `key=value` of `settings` laid over it; keys are dotted, values are TOML.
-
-    Example:
-        >>> overridden({"stages": [{"lr": 1e-4}]}, ["stages.0.lr=1e-3", "optimizer=sgd"])
-        {'stages': [{'lr': 0.001}], 'optimizer': 'sgd'}
-    """
-    out: dict[str, Any] = _copied(dict(table))
-    for setting in settings:
-        key, equals, written = setting.partition("=")
-        if not equals or not key.strip():
-            raise RecipeError(
-                f"--set {printable(setting[:200])}: expected KEY=VALUE, for example --set stages.0.lr=1e-3"
+def _check_objectives(stage: Stage) -> None:
+    """Objectives say themselves what trains, and each has a name of its own."""
+    if not stage.objectives:
+        return
+    for key in ("train", "lr"):
+        if getattr(stage, key) is not None:
+            raise MisplacedError(
+                key, f"does not stand beside objectives, each of which has its own {key}; leave it out"
             )
-        target: Any = out
-        *path, last = key.strip().split(".")
-        for part in path:
-            target = _step_into(target, part, setting)
-        if isinstance(target, list):
-            _step_into(target, last, setting)
-            target[int(last)] = _toml_value(written)
-        elif isinstance(target, dict):
-            target[last] = _toml_value(written)
-        else:
-            raise RecipeError(
-                f"--set {printable(setting[:200])}: {printable('.'.join(path))} is a single value, so {last!r} cannot be set inside it"
-            )
-    return out
-
-
-def _step_into(target: Any, part: str, setting: str) -> Any:
-    if isinstance(target, list):
-        if not part.isdecimal() or len(part) > 9 or int(part) >= len(target):
-            raise RecipeError(
-                f"--set {printable(setting[:200])}: there are {len(target)} entries, 0 to {len(target) - 1}; {part!r} is none of them"
-            )
-        return target[int(part)]
-    if not isinstance(target, dict):
-        raise RecipeError(
-            f"--set {printable(setting[:200])}: {part!r} lies inside a single value; set that value as a whole"
+    twice = [name for name, count in Counter(o.name for o in stage.objectives).items() if count > 1]
+    if twice:
+        raise MisplacedError("objectives", f"{twice[0]!r} stands there twice; each has a name of its own")
+    if stage.clock == "run":
+        raise MisplacedError(
+            "clock", '"run" is not for objectives, each of which counts its own updates; leave it out'
         )
-    return target.setdefault(part, {})
 
 
-def _toml_value(written: str) -> Any:
-    """A TOML value; a bare word is a text, so that `optimizer=sgd` needs no quotes within quotes."""
-    try:
-        return _parsed(f"x = {written}", "--set")["x"]
-    except RecipeError:
-        return written.strip()
+def _check_until(stage: Stage) -> None:
+    """What belongs to `until` makes sense only with it, and only with some conditions."""
+    until = stage.until
+    plateau = isinstance(until, Condition) and until.kind == "plateaus"
+    if until is None and stage.every is not None:
+        raise MisplacedError(
+            "every", "says how often `until` is checked, and the stage has none; leave it out"
+        )
+    if stage.reduce is not None and not plateau:
+        raise MisplacedError("reduce", 'needs a plateau to reduce at: until = "valid_loss plateaus 3 epochs"')
+    if until is None:
+        return
+    if stage.every is not None and not until.of_training:
+        raise MisplacedError(
+            "every",
+            f"{until.metric!r} is measured at the end of each epoch; leave `every` out, or wait for a metric of the "
+            "training, such as train_error",
+        )
+    if plateau and until.patience.unit == "steps" and stage.every is None:
+        raise MisplacedError(
+            "until",
+            f'"{until}" counts steps, and is checked once an epoch; write epochs, or every = "50 steps"',
+        )
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    return [_copied(v) for v in value] if isinstance(value, list) else value
+def stage_lines(stage: Mapping[str, Any]) -> Iterator[str]:
+    """A stage of `to_dict` as lines of TOML."""
+    yield "[[stages]]"
+    yield from toml_lines({key: value for key, value in stage.items() if key != "objectives"})
+    for objective in stage.get("objectives", ()):
+        yield from ("", "[[stages.objectives]]", *toml_lines(objective))
 
 
-def _said(value: Any, cls: type) -> dict[str, Any]:
-    """The fields of a recipe or stage that are not None, as TOML's values."""
+def _said(value: Any) -> dict[str, Any]:
+    """The fields of a recipe, stage or objective that say something, as TOML's values; a function is none."""
     out: dict[str, Any] = {}
-    for f in fields(cls):
+    for f in fields(value):
         item = getattr(value, f.name)
-        if item is None:
+        if item is None or isinstance(item, Callable) or (f.name in _SILENT and item == _SILENT[f.name]):  # type: ignore[arg-type]
             continue
-        if isinstance(item, Schedule):
+        if isinstance(item, (Schedule, Condition)):
             item = str(item)
-        elif isinstance(item, tuple) and f.name != "stages":
+        elif f.name in ("stages", "objectives"):
+            item = [_said(one) for one in item]
+        elif isinstance(item, tuple):
             item = item[0] if len(item) == 1 and f.name == "train" else list(item)
         out[f.name] = item
     return out
 
 
-def _explain(error: ValidationError, where: str, cls: type = Recipe) -> str:
-    """pydantic's findings as one line each: where it is, what was found, what was expected, how to mend it."""
-    lines = list(dict.fromkeys(f"{where}: {_finding(dict(found), cls)}" for found in error.errors()))
-    more = [f"{where}: and {len(lines) - _MOST_FINDINGS} more"] * (len(lines) > _MOST_FINDINGS)
-    return "\n".join(lines[:_MOST_FINDINGS] + more)
-
-
-def _finding(found: dict[str, Any], cls: type) -> str:
-    loc = tuple(found["loc"])
-    if loc and loc[0] == 0:  # the one positional argument of a direct call
-        loc = (fields(cls)[0].name, *loc[1:])
-    place = ".".join(printable(str(part)[:100]) for part in loc)
-    kind = found["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        key = str(loc[-1])
-        cls = Stage if "stages" in loc[:-1] else cls
-        known = [f.name for f in fields(cls)]
-        hint = nearest(key, known)
-        other = Recipe if cls is Stage else Stage
-        if hint == "." and key in {f.name for f in fields(other)}:
-            hint = f"; it belongs to the {other.__name__.lower()}."
-        return f"{place}: no such key in a {cls.__name__.lower()}{hint} Known: {', '.join(known)}"
-    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{place}: missing; " + _EXAMPLE.get(
-            place.rsplit(".", 1)[-1], "it has no default, so write it"
-        )
-    if kind == "value_error":
-        said = (
-            str(found["ctx"]["error"]).removeprefix("duration: ").removeprefix("schedule: ")
-        )  # the place says it
-        return ": ".join(filter(None, (place, said)))
-    if kind == "unexpected_positional_argument":
-        names = [f.name for f in fields(cls)]
-        meant = names[loc[0]] if isinstance(loc[0], int) and loc[0] < len(names) else names[1]
-        return f"{brief(found['input'])}; only {names[0]!r} may stand without its name: write {meant}={brief(found['input'])} or the like"
-    if place == "stages":
-        return f"stages: {brief(found['input'])}; expected a list of stages: [[stages]] in TOML, stages=[lehr.Stage(...)] in Python"
-    return f"{place}: {brief(found['input'])}; {_expected(kind, found)}"
-
-
-def _expected(kind: str, found: dict[str, Any]) -> str:
-    """What stands instead of pydantic's words; those where it has a kind that is not known here."""
-    words = _EXPECTED.get(kind)
-    if words is None:
-        return f"{found['msg'][0].lower()}{found['msg'][1:]}"
-    return "expected " + words.format(**{k: _plain(v) for k, v in found.get("ctx", {}).items()})
-
-
-def _plain(limit: object) -> object:
-    return f"{limit:g}" if isinstance(limit, float) else limit
-
-
-_EXPECTED = {
-    "greater_than_equal": "{ge} or more",
-    "greater_than": "more than {gt}",
-    "less_than_equal": "{le} or less",
-    "less_than": "less than {lt}",
-    "finite_number": "a finite number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a text",
-    "string_too_short": "a text that is not empty",
-    "literal_error": "{expected}",
-    "dataclass_type": "a stage: a table with length, train and lr",
-}
-
-
-_EXAMPLE = {
-    "stages": "a recipe needs at least one stage: [[stages]] in TOML, stages=[lehr.Stage(...)] in Python",
-    "length": 'how long is the stage? For example length = "5 epochs"',
-    "train": 'what does it train? For example train = "head"',
-    "lr": "at which peak rate? For example lr = 1e-3",
-}
-
-
-def _speaking(cls: type[_T]) -> type[_T]:
-    """Let a direct call such as `Stage(...)` raise `RecipeError` too, in the words of `_explain`."""
-    plain: Callable[..., None] = cls.__init__
-
-    def __init__(self: _T, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is the __init__
-        try:
-            plain(self, *args, **kwargs)
-        except ValidationError as error:
-            raise RecipeError(_explain(error, cls.__name__, cls)) from None
-
-    __init__.__wrapped__ = plain  # type: ignore[attr-defined]  # keeps the signature for help() and inspect
-    cls.__init__ = __init__  # type: ignore[method-assign,assignment]
-    return cls
-
-
-_READER = TypeAdapter(Recipe)
-_speaking(Stage)
-_speaking(Recipe)
+_SILENT: Final[Mapping[str, object]] = {"objectives": (), "clock": "stage", "every": 1, "repeat": 1}
+"""Defaults that are what a person who does not know of the key expects."""
+ROOMS: Final[Mapping[str, type]] = {"": Recipe, "stages": Stage, "objectives": Objective}
+"""The classes of a recipe, by the key that holds a list of them."""
+READER: Final = TypeAdapter(Recipe)
+for _cls in ROOMS.values():
+    speaking(_cls, ROOMS)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator
 
+from lehr.conditions import Condition
 from lehr.curves import Schedule
 from lehr.duration import Duration
 from lehr.notation import read_schedule
 from lehr.untrusted import brief, printable
 
 LrRule = Literal["fixed", "linear"]
+Clock = Literal["stage", "run"]
 _MOST = {"steps": 10**8, "epochs": 10**6}  # a rate is computed for each step
 _OWN_PLACE = {
     "lr": "the stage's `lr`",
@@ -101,6 +103,17 @@ def _optimizer(said: object) -> str | dict[str, Any]:
     return said if isinstance(said, str) else {key: _setting(key, value) for key, value in table.items()}
 
 
+def optimizer_named(said: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """An optimizer's name as it was written, and its own keywords.
+
+    >>> optimizer_named({"name": "sgd", "momentum": 0.9})
+    ('sgd', {'momentum': 0.9})
+    """
+    if isinstance(said, str):
+        return said, {}
+    return str(said["name"]), {key: value for key, value in said.items() if key != "name"}
+
+
 def _setting(key: str, value: object) -> object:
     """A keyword of the optimizer as TOML and JSON hold it: a tuple is a list, and there is no None and no
     infinity.
@@ -115,6 +128,49 @@ def _setting(key: str, value: object) -> object:
     )
 
 
+def _every(said: object) -> str:
+    """How often `until` is checked; it stays the text that was written."""
+    every = _duration(said, "steps")
+    if every.unit != "steps" or not every.amount:
+        raise ValueError(f'"{said}"; expected a number of steps, for example "50 steps"')
+    return str(said)
+
+
+def _condition(said: object) -> Condition:
+    return Condition.parse(said)  # type: ignore[arg-type]  # refuses everything but text
+
+
+def _reduction(said: object) -> float | dict[str, float]:
+    """A factor, or a table with it and how often."""
+    table = said if isinstance(said, Mapping) else {"by": said}
+    by, times = table.get("by"), table.get("times", 1)
+    if (
+        not table.keys() <= {"by", "times"}
+        or isinstance(by, bool)
+        or not isinstance(by, (int, float))
+        or not 0 < by < 1
+    ):
+        raise ValueError(f"{brief(said)}; expected a factor between 0 and 1, or {{ by = 0.1, times = 2 }}")
+    if isinstance(times, bool) or not isinstance(times, int) or not 1 <= times < 2**31:
+        raise ValueError(f"{brief(said)}; times: expected a whole number, 1 or more")
+    return {"by": float(by), "times": times} if "times" in table else float(by)
+
+
+def _name(said: object) -> str:
+    if not isinstance(said, str) or not re.fullmatch(r"[A-Za-z]\w{0,30}", said, re.ASCII):
+        raise ValueError(f'{brief(said)}; expected a short word of letters, digits and "_", such as "d"')
+    return said
+
+
+def _loss(said: object) -> Any:
+    if not callable(said):
+        raise ValueError(
+            f"{brief(said)}; expected a function of (model, batch); in a file leave it out, and give it to lehr.fit: "
+            'loss={"d": ...}'
+        )
+    return said
+
+
 Length = Annotated[str, PlainValidator(_stage_length)]
 Epochs = Annotated[str, PlainValidator(_epochs)]
 Patterns = Annotated[str | Sequence[str], PlainValidator(_patterns)]
@@ -122,6 +178,11 @@ Trained = Annotated[str | Sequence[str], PlainValidator(_trained)]
 Rate = Annotated[float | Mapping[str, float], PlainValidator(_rate)]
 OptimizerSaid = Annotated[str | Mapping[str, Any], PlainValidator(_optimizer)]
 ScheduleSaid = Annotated[Schedule, PlainValidator(read_schedule)]
+ConditionSaid = Annotated[Condition, PlainValidator(_condition)]
+Every = Annotated[str, PlainValidator(_every)]
+Reduction = Annotated[float | Mapping[str, float], PlainValidator(_reduction)]
+Name = Annotated[str, PlainValidator(_name)]
+LossSaid = Annotated[Callable[..., Any], PlainValidator(_loss)]
 Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]

@@ -12,9 +12,10 @@ from typing import Any
 
 from lehr.duration import Duration
 from lehr.errors import DurationError, RecipeError
-from lehr.plan_changes import grouped, parameter_changes
+from lehr.plan_changes import grouped, parameter_changes, partition_of
 from lehr.plan_text import listed
-from lehr.planning import Plan, PlannedStage
+from lehr.planned_stage import PlannedStage
+from lehr.planning import Plan
 from lehr.recipe import Recipe
 from lehr.untrusted import printable
 
@@ -83,21 +84,27 @@ def _state(was: Plan, now: Plan) -> Iterator[str]:
     other_model = parameter_changes(was, now)
     for change in other_model:
         yield f"{change}; go on with the model that the run began with, {_ANEW}"
-    if not other_model and set(map(frozenset, was.groups.values())) != set(
-        map(frozenset, now.groups.values())
-    ):
+    if not other_model and was.objectives.keys() != now.objectives.keys():
+        yield (
+            f"the objectives are {_names(now)}, were {_names(was)}, and each has an optimizer of its own; "
+            f"leave them as they were, {_ANEW}"
+        )
+    elif not other_model and partition_of(was) != partition_of(now):
         yield (
             f"the groups of parameters are {grouped(now)}; they were {grouped(was)}. A group has one rate and "
             "one decay and stays together, so let `train`, `lr`, `no_decay` and `layer_decay` name the same "
             f"parts as before, with other numbers, {_ANEW}"
         )
-    if was.optimizer.lower() != now.optimizer.lower():
-        yield (
-            f"the optimizer is {now.optimizer}, was {was.optimizer}, and its state is of no use to another; "
-            f"leave it as it was, {_ANEW}"
-        )
-    else:
-        yield from _settings(was.optimizer_settings, now.optimizer_settings)
+    for name in was.objectives.keys() & now.objectives.keys():
+        before, after = was.objectives[name], now.objectives[name]
+        whose = f"the optimizer of {name}" if name else "the optimizer"
+        if before.optimizer.lower() != after.optimizer.lower():
+            yield (
+                f"{whose} is {after.optimizer}, was {before.optimizer}, and its state is of no use to another; "
+                f"leave it as it was, {_ANEW}"
+            )
+        else:
+            yield from _settings(whose, before.optimizer_settings, after.optimizer_settings)
     if was.monitor != now.monitor:
         yield (
             f"monitor is {now.monitor!r}, was {was.monitor!r}, by which the best weights so far were chosen; "
@@ -108,7 +115,11 @@ def _state(was: Plan, now: Plan) -> Iterator[str]:
         yield f"ema is {turned}; leave it as it was (another decay would do), {_ANEW}"
 
 
-def _settings(was: Any, now: Any) -> Iterator[str]:
+def _names(plan: Plan) -> str:
+    return listed([name or "that of ordinary stages" for name in plan.objectives])
+
+
+def _settings(whose: str, was: Any, now: Any) -> Iterator[str]:
     """Numbers may change; what decides which state is kept may not: switches, and a momentum from nothing."""
     for key in dict.fromkeys((*was, *now)):
         a, b = was.get(key), now.get(key)
@@ -116,7 +127,7 @@ def _settings(was: Any, now: Any) -> Iterator[str]:
             said = "was not set" if key not in was else f"was {a!r}"
             found = "not set" if key not in now else repr(b)
             yield (
-                f"the optimizer's {key} is {found}, {said}, which changes what state it keeps; "
+                f"{whose}'s {key} is {found}, {said}, which changes what state it keeps; "
                 f"leave it as it was, {_ANEW}"
             )
 
@@ -172,6 +183,10 @@ def _begun(was: Plan, now: Plan, stage: int) -> Iterator[str]:
             f"{after.steps_per_epoch:,} ({now.samples:,} training samples, were {was.samples:,}); "
             "give the data that the run began with"
         )
+    turns = [[(turn.objective, turn.every, turn.repeat) for turn in s.turns] for s in (before, after)]
+    if turns[0] != turns[1]:
+        yield f"the stage has begun, and its objectives take other turns in the plan; leave them as they were, {end_it}"
+        return
     shared = was.parameters.keys() & now.parameters.keys()
     trained, trains = was.trainable(before) & shared, now.trainable(after) & shared
     if trained != trains:

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
-from lehr.curves import Schedule
 from lehr.duration import Duration
 from lehr.errors import RecipeError
+from lehr.grouping import Task, batch_of, groups_of, settings_of, settled, tasks_of
 from lehr.plan_text import listed
-from lehr.plan_values import MOST_STEPS
-from lehr.planning import Plan, PlannedStage, batches_in
+from lehr.plan_values import MOST_IN_TURNS, MOST_STEPS
+from lehr.planned_stage import PlannedStage, Turn, steps_in_epoch
+from lehr.planning import Plan, PlannedObjective, batches_in
 from lehr.recipe import Recipe, Stage
-from lehr.selection import ModelFacts, partition, select
+from lehr.recipe_values import optimizer_named
+from lehr.schedules import constant
+from lehr.selection import ModelFacts
 
 _FOLLOWS_LATE = {"rprop": "at its first step only, so no schedule moves it", "asgd": "one step late"}
 
@@ -40,44 +46,131 @@ def resolve(recipe: Recipe, facts: ModelFacts, *, samples: int, batches: int | N
     samples = _whole("samples", samples, "a plan needs at least one training sample")
     if batches is not None:
         batches = _whole("batches", batches, "an epoch needs at least one batch")
-    settings = [_stage_settings(recipe, stage, index, facts) for index, stage in enumerate(recipe.stages)]
-    groups = _groups(settings, recipe, facts)
+    tasks = [tasks_of(stage) for stage in recipe.stages]
+    settings = [
+        {task.name: settings_of(recipe, index, task, facts) for task in of_stage}
+        for index, of_stage in enumerate(tasks)
+    ]
+    groups = groups_of(settings, tasks, recipe, facts)
     _check_min_lr(recipe, settings)
     stages: list[PlannedStage] = []
-    for index, (stage, setting) in enumerate(zip(recipe.stages, settings, strict=True)):
-        batch_size, accumulate = _batch(recipe, stage)
+    for index, stage in enumerate(recipe.stages):
+        batch_size, accumulate = batch_of(recipe, stage)
         in_epoch = batches_in(samples, batch_size) if batches is None else batches
-        steps_per_epoch = -(-in_epoch // accumulate)
-        length = Duration.parse(stage.length).steps(
-            steps_per_epoch=steps_per_epoch, where=f"stages.{index}.length"
-        )
-        start = stages[-1].stop if stages else 0
-        first_epoch = stages[-1].first_epoch + stages[-1].epochs if stages else 0
-        first_of = {group: setting.get(names[0], (0.0, 0.0)) for group, names in groups.items()}
+        rates = settled(groups, settings[index])
+        length = _length(stage, -(-in_epoch // accumulate), stages[-1] if stages else None)
         planned = PlannedStage(
-            index=index, label=_label(stage.train), start=start, stop=start + length, first_epoch=first_epoch,
-            steps_per_epoch=steps_per_epoch, batch_size=batch_size, accumulate=accumulate,
-            schedule=_in_steps(recipe, index, length, steps_per_epoch),
-            peak_lr={group: rate for group, (rate, _) in first_of.items()},
-            weight_decay={group: decay for group, (_, decay) in first_of.items()},
+            index=index, label=_label(stage), start=length.start, stop=length.stop, first_epoch=length.first_epoch,
+            steps_per_epoch=length.steps_per_epoch, rounds_per_epoch=length.rounds_per_epoch,
+            batch_size=batch_size, accumulate=accumulate, turns=length.turns,
+            peak_lr={group: rate for group, (rate, _) in rates.items()},
+            weight_decay={group: decay for group, (_, decay) in rates.items()},
             restore_best=recipe.restore_best if stage.restore_best is None else stage.restore_best,
+            span=length.span, clock=stage.clock, **_evidence(stage, length),
         )  # fmt: skip
-        stages.append(planned)
+        stages.append(_in_steps(recipe, planned))
     if stages[-1].stop > MOST_STEPS:
         raise RecipeError(
             f"stages: {stages[-1].stop:,} steps in all; a plan has {MOST_STEPS:,} at most, so make them shorter"
         )
+    owners = {group: objective for objective, of_objective in groups.items() for group in of_objective}
+    flat = {group: names for of_objective in groups.values() for group, names in of_objective.items()}
     return Plan(
-        model=facts.name, samples=samples, stages=tuple(stages), groups=groups,
+        model=facts.name, samples=samples, stages=tuple(stages), groups=flat, owners=owners,
         parameters={p.name: p.count for p in facts.parameters},
-        optimizer=recipe.optimizer_name, optimizer_settings=recipe.optimizer_settings, min_lr=recipe.min_lr,
-        clip_norm=math.inf if recipe.clip_norm is None else recipe.clip_norm, ema=recipe.ema or 0.0,
+        objectives=_objectives(recipe, tasks), min_lr=recipe.min_lr, ema=recipe.ema or 0.0,
         label_smoothing=recipe.label_smoothing, seed=recipe.seed, monitor=recipe.monitor,
         patience=math.inf if recipe.patience is None else float(Duration.parse(recipe.patience).amount),
-        said=tuple(str(stage.schedule or recipe.schedule) for stage in recipe.stages),
+        said=tuple(
+            tuple(str(task.schedule or stage.schedule or recipe.schedule) for task in of_stage)
+            for stage, of_stage in zip(recipe.stages, tasks, strict=True)
+        ),
         augment=tuple(recipe.augment or ()),
-        notes=_notes(recipe, facts, stages, groups, samples if batches is None else 0),
+        notes=_notes(recipe, facts, stages, flat, samples if batches is None else 0),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Length:
+    """Where a stage lies, how its epochs are cut, and how many steps its schedules are laid over."""
+
+    index: int
+    start: int
+    stop: int
+    first_epoch: int
+    steps_per_epoch: int
+    rounds_per_epoch: int
+    turns: tuple[Turn, ...]
+    span: int
+
+
+def _length(stage: Stage, rounds: int, before: PlannedStage | None) -> _Length:
+    index, start = (before.index + 1, before.stop) if before else (0, 0)
+    turns = tuple(Turn(task.name, task.every, task.repeat, constant()) for task in tasks_of(stage))
+    steps_per_epoch = steps_in_epoch(turns, rounds)
+    if len(turns) > 1 and steps_per_epoch > MOST_IN_TURNS:
+        raise RecipeError(
+            f"stages.{index}.objectives: {steps_per_epoch:,} updates in an epoch; objectives share "
+            f"{MOST_IN_TURNS:,} at most, so make batches larger"
+        )
+    said = Duration.parse(stage.length)
+    span = said.steps(steps_per_epoch=steps_per_epoch, where=f"stages.{index}.length")
+    stop = span if stage.clock == "run" else start + span
+    if stop <= start:
+        raise RecipeError(
+            f'stages.{index}.length: "{said}" counted from the run\'s start (clock = "run") ends at step {stop:,}, and '
+            f"the stages before it may last until step {start:,}; make it longer, or leave `clock` out"
+        )
+    first_epoch = before.first_epoch + before.epochs if before else 0
+    return _Length(index, start, stop, first_epoch, steps_per_epoch, rounds, turns, span)
+
+
+def _evidence(stage: Stage, length: _Length) -> dict[str, Any]:
+    """What ends or cools a stage before its length, in steps."""
+    until = stage.until
+    if until is None:
+        return {}
+    where = f"stages.{length.index}"
+    named = [f"{turn.objective}_" for turn in length.turns if turn.objective]
+    if named and until.of_training and until.name != "loss" and not until.name.startswith(tuple(named)):
+        raise RecipeError(
+            f"{where}.until: {until.metric!r} is of no objective; write whose it is, for example train_{named[0]}loss"
+        )
+    every = 0 if stage.every is None else Duration.parse(stage.every).steps()
+    if every > length.stop - length.start:
+        raise RecipeError(
+            f"{where}.every: {every:,} steps, and the stage has {length.stop - length.start:,} at the most, so `until` "
+            "would never be checked; write fewer"
+        )
+    if every and until.kind == "plateaus":
+        steps = until.patience.steps(steps_per_epoch=length.steps_per_epoch)
+        until = replace(until, patience=Duration(Fraction(steps), "steps"))
+    said = stage.reduce
+    if said is None:
+        return {"until": str(until), "every": every}
+    by, times = (
+        (said["by"], said.get("times", length.stop)) if isinstance(said, Mapping) else (said, length.stop)
+    )
+    return {"until": str(until), "every": every, "reduce": by, "reductions": min(int(times), length.stop)}
+
+
+def _objectives(recipe: Recipe, tasks: Sequence[Sequence[Task]]) -> dict[str, PlannedObjective]:
+    """An optimizer for each objective; the same name in several stages is the same one."""
+    said: dict[str, tuple[str, tuple[str, Mapping[str, Any], float]]] = {}
+    for index, of_stage in enumerate(tasks):
+        for task in of_stage:
+            own = task.said.optimizer if task.said else None
+            clip = task.said.clip_norm if task.said else None
+            name, settings = optimizer_named(recipe.optimizer if own is None else own)
+            largest = recipe.clip_norm if clip is None else clip
+            made = (name, settings, math.inf if largest is None else largest)
+            where, before = said.setdefault(task.name, (f"stages.{index}.{task.key}", made))
+            if before != made:
+                raise RecipeError(
+                    f"stages.{index}.{task.key}optimizer: {task.name!r} has another optimizer or clip_norm than in "
+                    f"{where.rstrip('.')}; one name is one optimizer, so say the same, or give it another name"
+                )
+    return {name: PlannedObjective(*made) for name, (_, made) in said.items()}
 
 
 def _whole(name: str, value: object, needs: str) -> int:
@@ -87,142 +180,66 @@ def _whole(name: str, value: object, needs: str) -> int:
     raise RecipeError(f"{name}={value!r}; {needs}: expected a whole number, 1 or more")
 
 
-def _in_steps(recipe: Recipe, index: int, steps: int, steps_per_epoch: int) -> Schedule:
-    """The schedule of a stage in whole steps; one that does not fit is refused here."""
-    stage = recipe.stages[index]
-    schedule = stage.schedule or recipe.schedule
-    try:
-        return schedule.over(steps=steps, steps_per_epoch=steps_per_epoch).in_steps
-    except RecipeError as error:
-        raise type(error)(f"stages.{index} ({_label(stage.train)}, {steps} steps): {error}") from None
+def _in_steps(recipe: Recipe, planned: PlannedStage) -> PlannedStage:
+    """The stage with its schedules in whole steps; one that does not fit is refused here."""
+    stage, turns = recipe.stages[planned.index], []
+    for index, (task, turn) in enumerate(zip(tasks_of(stage), planned.turns, strict=True)):
+        schedule = task.schedule or stage.schedule or recipe.schedule
+        steps = planned.own_updates(index, planned.span)
+        if not steps:
+            raise RecipeError(
+                f"stages.{planned.index}.{task.key}every: {task.name!r} never has its turn in {planned.steps:,} steps; "
+                "make the stage longer"
+            )
+        try:
+            curve = schedule.over(steps=steps, steps_per_epoch=turn.updates(planned.rounds_per_epoch))
+        except RecipeError as error:
+            said = f"{planned.label}, {steps} steps" if not task.name else f"{task.name}, {steps} updates"
+            raise type(error)(f"stages.{planned.index} ({said}): {error}") from None
+        turns.append(replace(turn, schedule=curve.in_steps))
+    return replace(planned, turns=tuple(turns))
 
 
-def _stage_settings(
-    recipe: Recipe, stage: Stage, index: int, facts: ModelFacts
-) -> dict[str, tuple[float, float]]:
-    """What a stage means for single parameters: name -> (peak rate, weight decay), for those that it trains."""
-    where = f"stages.{index}"
-    names = select(stage.train, facts, where=f"{where}.train").names
-    no_decay = _no_decay(recipe, facts)
-    layer_decay = recipe.layer_decay if stage.layer_decay is None else stage.layer_decay
-    decay = recipe.weight_decay if stage.weight_decay is None else stage.weight_decay
-    scale = _rate_scale(recipe, stage)
-    if isinstance(stage.lr, Mapping):
-        owner = partition(tuple(stage.lr), names, facts, where=f"{where}.lr")
-        rate = {name: float(stage.lr[owner[name]]) for name in names}
-    else:
-        rate = dict.fromkeys(names, float(stage.lr))
-    return {
-        name: (
-            rate[name] * scale * layer_decay ** (facts.layers - 1 - facts.by_name[name].layer),
-            0.0 if name in no_decay else decay,
+def _check_min_lr(
+    recipe: Recipe, settings: Sequence[Mapping[str, Mapping[str, tuple[float, float]]]]
+) -> None:
+    rates = (
+        (index, name, rate)
+        for index, of_stage in enumerate(settings)
+        for of_task in of_stage.values()
+        for name, (rate, _) in of_task.items()
+    )
+    for index, name, rate in rates:
+        if rate == 0:  # a rate of 0 means frozen in a plan
+            raise RecipeError(
+                f"layer_decay: the rate of {name!r} in stages.{index} is too small for a float and would be 0; "
+                "raise layer_decay, or leave that parameter out of `train`"
+            )
+        if recipe.min_lr > rate:
+            raise RecipeError(
+                f"min_lr: {recipe.min_lr:g} lies above the peak rate {rate:g} of {name!r} in stages.{index}; "
+                "lower min_lr, raise that rate, or use the schedule's floor, which is a share of each group's own peak"
+            )
+
+
+def _label(stage: Stage) -> str:
+    """What a stage trains, in a few words; of each objective, where it has some."""
+    if stage.objectives:
+        return ", ".join(
+            f"{objective.name}: {_trained_words(objective.train)}" for objective in stage.objectives
         )
-        for name in names
-    }
+    return _trained_words(stage.train or ())
 
 
-def _no_decay(recipe: Recipe, facts: ModelFacts) -> frozenset[str]:
-    """What weight decay leaves alone. A model without norms or biases is no mistake here; a pattern that
-    matches nothing is.
-    """
-    names = {
-        p.name
-        for p in facts.parameters
-        if ("norm" in recipe.no_decay and p.norm) or ("bias" in recipe.no_decay and p.bias)
-    }
-    patterns = [p for p in recipe.no_decay if p not in ("norm", "bias")]
-    return frozenset(names | set(select(patterns, facts, where="no_decay").names if patterns else ()))
+def _trained_words(patterns: Sequence[str]) -> str:
+    """Patterns in a few words.
 
-
-def _batch(recipe: Recipe, stage: Stage) -> tuple[int, int]:
-    return stage.batch_size or recipe.batch_size, stage.accumulate or recipe.accumulate
-
-
-def _rate_scale(recipe: Recipe, stage: Stage) -> float:
-    """The linear learning-rate rule: k times the samples a step, k times the rate (Goyal et al. 2017,
-    section 2.1).
-    """
-    if recipe.lr_rule == "fixed":
-        return 1.0
-    batch_size, accumulate = _batch(recipe, stage)
-    return (batch_size * accumulate) / (recipe.batch_size * recipe.accumulate)
-
-
-def _check_min_lr(recipe: Recipe, settings: Sequence[Mapping[str, tuple[float, float]]]) -> None:
-    for index, setting in enumerate(settings):
-        for name, (rate, _) in setting.items():
-            if rate == 0:  # a rate of 0 means frozen in a plan
-                raise RecipeError(
-                    f"layer_decay: the rate of {name!r} in stages.{index} is too small for a float and would be 0; "
-                    "raise layer_decay, or leave that parameter out of `train`"
-                )
-            if recipe.min_lr > rate:
-                raise RecipeError(
-                    f"min_lr: {recipe.min_lr:g} lies above the peak rate {rate:g} of {name!r} in stages.{index}; "
-                    "lower min_lr, raise that rate, or use the schedule's floor, which is a share of each group's own peak"
-                )
-
-
-def _groups(
-    settings: Sequence[Mapping[str, tuple[float, float]]], recipe: Recipe, facts: ModelFacts
-) -> dict[str, tuple[str, ...]]:
-    """Parameters with equal settings in every stage are one group; names from the recipe's own words."""
-    members: dict[tuple[tuple[float, float] | None, ...], list[str]] = {}
-    for p in facts.parameters:
-        vector = tuple(stage.get(p.name) for stage in settings)
-        if any(vector):
-            members.setdefault(vector, []).append(p.name)
-    words = _words(recipe, facts)
-    bases = {vector: _word_for(names, words) for vector, names in members.items()}
-    layered = recipe.layer_decay < 1 or any((s.layer_decay or 1) < 1 for s in recipe.stages)
-    groups: dict[str, tuple[str, ...]] = {}
-    for vector, names in members.items():
-        base = bases[vector]
-        siblings = [v for v, b in bases.items() if b == base]
-        if layered and len(siblings) > 1:
-            base = f"{base}/{facts.by_name[names[0]].layer}"
-        decays = [any(pair and pair[1] for pair in v) for v in siblings]
-        if any(decays) and not any(pair and pair[1] for pair in vector):
-            base = f"{base}/no_decay"
-        unique, twin = base, 1
-        while unique in groups:
-            twin += 1
-            unique = f"{base}#{twin}"
-        groups[unique] = tuple(names)
-    return groups
-
-
-def _label(patterns: Sequence[str]) -> str:
-    """What a stage trains, in a few words.
-
-    >>> _label(["head", "layer4", "!norm"])
+    >>> _trained_words(["head", "layer4", "!norm"])
     'head + layer4 but norm'
     """
     left_out = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
     named = " + ".join(pattern for pattern in patterns if not pattern.startswith("!"))
     return f"{named} but {' + '.join(left_out)}" if left_out else named
-
-
-def _words(recipe: Recipe, facts: ModelFacts) -> dict[str, frozenset[str]]:
-    """The patterns that the recipe uses and the roles that the model has, each with what it means."""
-    said = [p for s in recipe.stages if isinstance(s.lr, Mapping) for p in s.lr] + [
-        p for s in recipe.stages for p in s.train if not p.startswith("!")
-    ]
-    every = frozenset(p.name for p in facts.parameters)
-    words = {word: frozenset(select(word, facts).names) for word in dict.fromkeys(said)}
-    if facts.head:
-        head = frozenset(select("head", facts).names)
-        words |= {
-            "head": head,
-            "backbone": every - head,
-        }  # the whole model may be its head: then no one's word is "backbone"
-    return {**words, "all": every}
-
-
-def _word_for(names: Sequence[str], words: Mapping[str, frozenset[str]]) -> str:
-    """The narrowest word that means all of `names`."""
-    fitting = [word for word, meant in words.items() if meant.issuperset(names)]
-    return min(fitting, key=lambda word: len(words[word]))
 
 
 def _notes(
@@ -264,10 +281,10 @@ def _notes(
             notes.append(
                 f"stage {stage.index + 1} ends after {stage.steps} of the {stage.steps_per_epoch} steps of an epoch"
             )
-    if recipe.optimizer_name.lower() in _FOLLOWS_LATE:
-        notes.append(
-            f"{recipe.optimizer_name} looks at the rate {_FOLLOWS_LATE[recipe.optimizer_name.lower()]}"
-        )
+    own = [o.optimizer for stage in recipe.stages for o in stage.objectives if o.optimizer is not None]
+    for name in dict.fromkeys(optimizer_named(said)[0] for said in (recipe.optimizer, *own)):
+        if name.lower() in _FOLLOWS_LATE:
+            notes.append(f"{name} looks at the rate {_FOLLOWS_LATE[name.lower()]}")
     if facts.layers == 1 and (recipe.layer_decay < 1 or any((s.layer_decay or 1) < 1 for s in recipe.stages)):
         notes.append("layer_decay has no effect: the order of this model's layers was not recognised")
     return tuple(notes)

@@ -18,7 +18,8 @@ from lehr.curves import Part, Schedule
 from lehr.data.listing import Item, Listing
 from lehr.duration import Duration
 from lehr.errors import ScheduleError
-from lehr.planning import Plan, PlannedStage, batches_in
+from lehr.planned_stage import PlannedStage
+from lehr.planning import Plan, batches_in
 from lehr.recipe import Recipe, Stage
 from lehr.resolving import resolve
 from lehr.schedules import constant
@@ -82,10 +83,15 @@ def _few(items: Sequence[Item], count: int) -> tuple[Item, ...]:
 
 def _short_stage(stage: Stage, schedule: Schedule, planned: PlannedStage, samples: int) -> Stage:
     per_epoch = -(-batches_in(samples, planned.batch_size) // planned.accumulate)
-    length = _short_length(Duration.parse(stage.length), per_epoch)
+    said = (
+        Duration(Fraction(planned.steps), "steps") if stage.clock == "run" else Duration.parse(stage.length)
+    )
+    length = _short_length(said, per_epoch)
     steps = length.steps(steps_per_epoch=per_epoch)
     fitting = _fitting(schedule, planned, steps, per_epoch)
-    return replace(stage, length=str(length), schedule=stage.schedule if fitting == schedule else fitting)
+    every = None if stage.every is None else str(_whole(min(planned.every, steps), "steps"))
+    kept = stage.schedule if fitting == schedule else fitting
+    return replace(stage, length=str(length), schedule=kept, every=every, clock="stage")
 
 
 def _short_length(length: Duration, per_epoch: int) -> Duration:
@@ -98,7 +104,7 @@ def _short_length(length: Duration, per_epoch: int) -> Duration:
 
 def _fitting(schedule: Schedule, planned: PlannedStage, steps: int, per_epoch: int) -> Schedule:
     """The schedule as it is where a stage of `steps` has room for it; else scaled down; else the peak rate."""
-    for way in (schedule, _scaled(planned.schedule, Fraction(steps, planned.steps))):
+    for way in (schedule, _scaled(planned.turns[0].schedule, Fraction(steps, planned.steps))):
         try:
             way.over(steps=steps, steps_per_epoch=per_epoch)
         except ScheduleError:

@@ -187,7 +187,7 @@ def _train(trial: Trial) -> None:
     """What a process does: train the run that is described here, from the start or from where it was stopped."""
     import torch
 
-    from lehr.recipe import load_recipe
+    from lehr.recipe_file import load_recipe
     from lehr.run.loop import fit
     from lehr.run.models import make_model
     from lehr.run.reload import read_card

@@ -14,8 +14,10 @@ from typing import NamedTuple, TextIO
 
 from lehr.events import (
     CheckpointFailed,
+    ConditionMet,
     EpochEnded,
     Note,
+    RateReduced,
     Resumed,
     RunEnded,
     RunFailed,
@@ -147,10 +149,11 @@ class Words:
         total = str(run.total_epochs) if run else ""
         number = f"{event.epoch + 1:>{len(total)}}/{total}" if run else str(event.epoch + 1)
         headline = headline_of(event.metrics)
-        parts = [
-            Part(0, f"epoch {number} {self.dot}"),
-            Part(3, f" train_loss={loss_text(event.train_loss)}"),
-        ]
+        parts = [Part(0, f"epoch {number} {self.dot}")]
+        if not any(
+            is_objective_loss(name) for name in event.metrics
+        ):  # whose mean says less than each of them
+            parts.append(Part(3, f" train_loss={loss_text(event.train_loss)}"))
         for name, value in event.metrics.items():
             rank = 1 if headline and name == headline[0] else 4
             parts.append(Part(rank, " " + self.metrics({name: value})))
@@ -174,10 +177,26 @@ class Words:
             f"training goes on, next try in {_seconds(event.retry)}" if event.retry else "not tried again"
         )
 
+    def condition_met(self, event: ConditionMet) -> str:
+        """What a stage waited for was measured, and how long the run is now."""
+        text = f"stage {event.stage + 1} ends after step {count(event.step)}: {self._measured(event)}"
+        epochs, steps = count(event.total_epochs, "epoch"), count(event.total_steps, "step")
+        return text + self.joined(f"{epochs}, {steps} in all")
+
+    def rate_reduced(self, event: RateReduced) -> str:
+        """A plateau was seen, and the rates are lower from there on."""
+        text = f"stage {event.stage + 1} cools after step {count(event.step)}: {self._measured(event)}"
+        return text + self.joined(f"rates times {event.factor:.3g}")
+
+    def _measured(self, event: ConditionMet | RateReduced) -> str:
+        condition = self.shown(event.condition)
+        metric = condition.partition(" ")[0]
+        return f"{condition}{self.joined(f'{metric}={_metric(metric, event.value)}')}"
+
     def stage_ended(self, event: StageEnded) -> str:
         """How a stage ended."""
         text = f"stage {event.stage + 1} ended"
-        if event.reason != "length":
+        if event.reason not in ("length", "until"):  # what it waited for was told
             text += f" early ({self.shown(event.reason)})"
         if event.restored_epoch is not None:
             text += self.joined(f"weights of epoch {event.restored_epoch + 1} restored")
@@ -185,7 +204,7 @@ class Words:
 
     def run_ended(self, event: RunEnded) -> str:
         """How a run ended, and how well."""
-        text = "done" if event.reason == "length" else f"done ({self.shown(event.reason)})"
+        text = "done" if event.reason in ("length", "until") else f"done ({self.shown(event.reason)})"
         text += self.joined(f"{count(event.step, 'step')} in {_seconds(event.seconds)}")
         if event.best_epoch is not None:
             text += self.joined(f"best epoch{GLUE}{event.best_epoch + 1}")
@@ -268,9 +287,31 @@ def prefix(text: str, room: float) -> int:
 
 
 def headline_of(metrics: Mapping[str, float]) -> tuple[str, float] | None:
-    """The one metric to show where there is room for one: the first that is no loss."""
-    names = sorted(metrics, key=lambda name: "loss" in name)
+    """The one metric to show where there is room for one: the first of the validation that is no loss, or the next
+    best.
+    """
+    names = sorted(metrics, key=lambda name: ("loss" in name, not name.startswith("valid_")))
     return (names[0], metrics[names[0]]) if names else None
+
+
+def is_objective_loss(name: str) -> bool:
+    """Whether a metric is the training loss of one of several objectives.
+
+    >>> is_objective_loss("train_d_loss"), is_objective_loss("train_loss")
+    (True, False)
+    """
+    return name.startswith("train_") and name.endswith("_loss") and name != "train_loss"
+
+
+def losses_text(loss: float, losses: Mapping[str, float]) -> str:
+    """The loss, or that of each objective.
+
+    >>> losses_text(0.5, {}), losses_text(0.5, {"d": 0.693, "g": 1.204})
+    ('loss=0.5000', 'd_loss=0.6930 g_loss=1.204')
+    """
+    if not losses:
+        return f"loss={loss_text(loss)}"
+    return " ".join(f"{name}_loss={loss_text(value)}" for name, value in losses.items())
 
 
 def loss_text(value: float) -> str:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from lehr.errors import RequestError
 from lehr.plan_changes import rates_of
-from lehr.planning import Plan, PlannedStage
+from lehr.planned_stage import PlannedStage
+from lehr.planning import Plan
 from lehr.shapes import Array
 
 _POINTS = 2000  # more than the picture has pixels across
@@ -27,6 +28,8 @@ _FORMATS = (".pdf", ".png", ".svg")
 
 def draw_plan(plan: Plan, path: str | Path, *, before: Plan | None = None, at: int | None = None) -> None:
     """Write the picture of `plan` to `path`: PNG, SVG or PDF by its ending.
+
+    A dotted upright line stands where a stage may end on evidence at the latest, and where it has ended or cooled.
 
     Args:
         plan: what to draw.
@@ -54,8 +57,10 @@ def draw_plan(plan: Plan, path: str | Path, *, before: Plan | None = None, at: i
     peak = max(rate for stage in plan.stages for rate in stage.peak_lr.values())
     axes.set_ylim(bottom=max(axes.get_ylim()[0], peak * _LOWEST))
     axes.grid(alpha=0.25)
+    for step, said in _marks(plan):
+        _draw_mark(axes, step / steps, step, said, height=0.12, dotted=True)
     if at is not None:
-        _draw_resumed(axes, at / steps, at)
+        _draw_mark(axes, at / steps, at, f"resumed at {at:,}")
     figure.suptitle(plan.model, fontsize=10, parse_math=False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
@@ -96,25 +101,46 @@ def _draw_rates(axes: Axes, plan: Plan, before: Plan | None, at: int) -> None:
 
 def _draw_line(axes: Axes, rates: Array, start: int, stop: int, **how: Any) -> None:
     """The rates of the half-open steps [start, stop). Where there are none, the label is told all the same."""
-    steps = np.unique(np.linspace(start, stop - 1, _POINTS).astype(int)) if start < stop else np.arange(0)
-    shown = np.where(rates[steps] > 0, rates[steps], np.nan)
+    own = start + np.flatnonzero(rates[start:stop])  # between them, in other objectives' turns, a group is frozen
+    steps = own[np.unique(np.linspace(0, len(own) - 1, _POINTS).astype(int))] if len(own) else own
+    shown = rates[steps]
     marker = "." if 0 < len(steps) <= 20 else None  # a line through a single step is nothing
     axes.plot(steps, shown, marker=marker, **how)
 
 
-def _draw_resumed(axes: Axes, share: float, at: int) -> None:
-    """An upright line where the run went on, with its name beside it, on the side that has more room."""
-    axes.axvline(at, color="0.25", linewidth=1, zorder=1.5)
+def _marks(plan: Plan) -> list[tuple[int, str]]:
+    """Where evidence has a say: what was decided, and where a stage that waits ends at the latest."""
+    marks = []
+    ended = {decision.stage for decision in plan.decisions if decision.kind == "end"}
+    for decision in plan.decisions:
+        until = plan.stages[decision.stage].until
+        what = "" if decision.kind == "end" else f"rates x {plan.stages[decision.stage].reduce:g}: "
+        marks.append((decision.step, f"{what}{until}, at {decision.step:,}"))
+    for stage in plan.stages:
+        if stage.until and stage.index not in ended:
+            # Where there is a reduction without a number of times, the stage never ends before its length.
+            ends = stage.reduce == 1 or stage.reductions < stage.stop
+            what = f"when {stage.until}" if ends else f"rates x {stage.reduce:g} when {stage.until}"
+            marks.append((stage.stop, f"{what}{', at the latest here' if ends else ', until here'}"))
+    return marks
+
+
+def _draw_mark(
+    axes: Axes, share: float, at: int, said: str, *, height: float = 0.04, dotted: bool = False
+) -> None:
+    """An upright line, with its words beside it, on the side that has more room."""
+    axes.axvline(at, color="0.25", linewidth=1, zorder=1.5, linestyle=":" if dotted else "-")
     right = share < 0.5
     axes.annotate(
-        f"resumed at {at:,}",
-        (at, 0.04),
+        said,
+        (at, height),
         xycoords=axes.get_xaxis_transform(),
         xytext=(5 if right else -5, 0),
         textcoords="offset points",
         ha="left" if right else "right",
         fontsize=8,
         color="0.25",
+        parse_math=False,
     )
 
 
@@ -146,7 +172,7 @@ def _curves(plan: Plan, before: Plan | None) -> list[tuple[str, Array, Array]]:
     """
     curves: dict[tuple[bytes, bytes], tuple[list[str], Array, Array]] = {}
     for group, members in plan.groups.items():
-        rates, old = plan.lr(group), rates_of(before or plan, members[0])
+        rates, old = plan.lr(group), rates_of(before or plan, members[0], plan.owners[group])
         curves.setdefault((rates.tobytes(), old.tobytes()), ([], rates, old))[0].append(group)
     return [
         (_named([n for n in names if n not in _twins(names)]), rates, old)

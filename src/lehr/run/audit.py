@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -48,15 +48,21 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(values.numpy().data).hexdigest()[:16]
 
 
-def audit(model: nn.Module, optimizer: torch.optim.Optimizer, trainable: frozenset[str], was: Digests) -> str:
-    """Hold the model to what freezing promises; `was` are the digests of the stage's start.
+def audit(
+    model: nn.Module,
+    optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    trainable: frozenset[str],
+    was: Digests,
+) -> str:
+    """Hold the model to what freezing promises; `was` are the digests of the stage's start. Several optimizers are
+    those of the stage's objectives.
 
     Returns:
         One digest of them all.
 
     Raises:
-        RunError: where a frozen tensor has changed, or a trained parameter is not in exactly one group; it
-            names them.
+        RunError: where a frozen tensor has changed, or a trained parameter is not in exactly one group of an
+            optimizer, twice in none; it names them.
     """
     now = frozen_digests(model, trainable)
     changed = [name for name, value in was.items() if now.get(name) != value]
@@ -65,8 +71,14 @@ def audit(model: nn.Module, optimizer: torch.optim.Optimizer, trainable: frozens
             f"what was frozen has changed: {listed(changed)}; something besides the optimizer writes to it "
             "(a forward pass that changes its own buffers in eval mode, a hook, another process)"
         )
-    groups = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
-    stray = [name for name, p in named(unwrap(model)).items() if name in trainable and groups[id(p)] != 1]
+    several = optimizers if isinstance(optimizers, Sequence) else [optimizers]
+    held = [Counter(id(p) for group in one.param_groups for p in group["params"]) for one in several]
+    counts = {
+        name: [count[id(p)] for count in held]
+        for name, p in named(unwrap(model)).items()
+        if name in trainable
+    }
+    stray = [name for name, found in counts.items() if max(found) != 1]
     if stray:
         raise RunError(
             f"trained, but not in exactly one group of the optimizer: {listed(stray)}; "

@@ -29,6 +29,8 @@ from lehr.events import (
     StageEnded,
 )
 from lehr.journal import Journal
+from lehr.planned_stage import PlannedStage
+from lehr.planning import Plan
 from lehr.recipe import Recipe
 from lehr.resolving import resolve
 from lehr.run.best import Best
@@ -36,17 +38,18 @@ from lehr.run.ema import Ema
 from lehr.run.facts import inspect, unwrap
 from lehr.run.files import write_tensors
 from lehr.run.folder import RunFolder, opened
-from lehr.run.happenings import epoch_ended, run_ended, run_started, stage_started
+from lehr.run.happenings import decision_told, epoch_ended, run_ended, run_started, stage_started
+from lehr.run.losses import LossSaid, judged_by, losses_of
 from lehr.run.optimizer import apply, optimizer
 from lehr.run.precision import arithmetic, channels_last_pays
 from lehr.run.refusals import check, check_unused
 from lehr.run.resuming import Resume, Resumption, check_resume, resumption
-from lehr.run.sampler import died, feed, samples_in
+from lehr.run.sampler import Feed, died, feed, samples_in
 from lehr.run.saver import Saver
 from lehr.run.stopping import Stop, Stopped, stopping
 from lehr.run.training import Terms, Training
-from lehr.run.update import Loss, Update, cross_entropy
-from lehr.run.validation import Metrics, validate
+from lehr.run.update import Update
+from lehr.run.validation import Metrics, higher_is_better, validate
 from lehr.run.watch import EpochWatch, Tell, non_finite, telling
 
 _CHANNELS_LAST = "convolution weights are laid out channels-last, which is faster for this model here"
@@ -63,13 +66,14 @@ class Result:
 
     `model` is the person's own, trained in place; `history` has one row of plain numbers an epoch; `best` is
     the row of the best epoch by `monitor` (the last epoch's without validation); `run` is the directory, or
-    None.
+    None; `plan` is what was followed, with what was decided on evidence.
     """
 
     model: nn.Module
     history: tuple[Mapping[str, float], ...]
     best: Mapping[str, float]
     run: Path | None
+    plan: Plan
 
 
 def fit(
@@ -78,7 +82,7 @@ def fit(
     valid: Any = None,
     *,
     recipe: Recipe,
-    loss: Loss | None = None,
+    loss: LossSaid = None,
     metrics: Metrics | None = None,
     out: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -102,8 +106,9 @@ def fit(
         valid: the same, used whole, once an epoch; None validates nothing.
         recipe: what trains when, and how fast.
         loss: `loss(model, batch)` returns the mean over the batch, a scalar tensor, or a dict with it as
-            `loss` (and `outputs` and `targets` for metrics). By default batches are `(inputs, targets)` and
-            the loss is cross-entropy.
+            `loss` (and `outputs` and `targets` for metrics; further scalars are measured by their names). By
+            default batches are `(inputs, targets)` and the loss is cross-entropy. For a stage's objectives a table
+            of such functions by name, where they do not say it themselves.
         metrics: torchmetrics by name, for validation; accuracy by default, where there are classes.
         out: a new directory for the run: recipe, plan, journal, checkpoints, best weights. None writes nothing.
         device: `"auto"` (CUDA, else MPS, else CPU), or a device.
@@ -148,22 +153,22 @@ def fit(
         None if valid is None else feed(valid, seed=recipe.seed, workers=workers, pin=pin, what="valid")
     )
     plan = resolve(recipe, inspect(model, head=head), samples=training.samples, batches=training.batches)
-    check(plan, training, validation, metrics)
+    losses = losses_of(recipe, plan, loss)
+    check(plan, training, validation, metrics, losses)
     check_unused(recipe, training, loss)
     model.to(on.device)
     if channels_last_pays(model, on):
         model.to(memory_format=torch.channels_last)
         notes = (*notes, _CHANNELS_LAST)
-    torch_optimizer = optimizer(plan, model)
+    optimizers = {name: optimizer(plan, model, name) for name in plan.objectives}
     monitor = plan.monitor if validation or plan.monitor == "train_loss" else ""
     run = Training(
-        plan=plan, model=model, optimizer=torch_optimizer, loss=loss, feed=training, on=on,
-        update=Update(model, torch_optimizer, loss or cross_entropy(plan.label_smoothing), plan=plan, on=on),
+        made=plan, model=model, optimizers=optimizers, losses=losses, feed=training, on=on,
+        updates={name: Update(model, one, plan=plan, on=on, objective=name) for name, one in optimizers.items()},
         average=Ema(model, plan.ema) if plan.ema else None, best=Best(monitor, metrics, most=cadence.keep_best),
+        sign=lambda metric: 1.0 if higher_is_better(metric, metrics) else -1.0,
     )  # fmt: skip
-    judge = (
-        None if validation is None else partial(validate, feed=validation, loss=loss, metrics=metrics, on=on)
-    )
+    judge = None if validation is None else partial(_judged, run, loss, validation, metrics)
     with nullcontext() if out is None else opened(out, resume=bool(resume)) as folder:
         run.terms = Terms.of(training, validation, cadence) if folder else None
         resumed = (
@@ -178,12 +183,12 @@ def fit(
                 observer(Note("this run has ended already, and nothing is trained again; it can be extended"))
             _trained(run, judge, lambda _: None, None, Stop())
         else:
-            first: list[Event] = [run_started(plan, training, validation, on)]
+            first: list[Event] = [run_started(plan, run.plan, training, validation, on)]
             first += [Note(note) for note in (resumed.notes if resumed else (*notes, *plan.notes))]
             _recorded(
                 run, judge, folder, observers, recipe=recipe, cadence=cadence, resumed=resumed, first=first
             )
-    return Result(model, tuple(run.history), run.best.row(run.history), Path(out) if out else None)
+    return Result(model, tuple(run.history), run.best.row(run.history), Path(out) if out else None, run.plan)
 
 
 def _recorded(
@@ -234,58 +239,77 @@ def _recorded(
 
 def _trained(run: Training, judge: Judge | None, tell: Tell, saver: Saver | None, stop: Stop) -> str:
     """The loop itself, from where `run` is to the plan's end; why its last stage ended."""
-    plan, model, best = run.plan, run.model, run.best
+    model, best = run.model, run.best
     judged = run.average.model if run.average else model
-    last = plan.stages[-1]
-    for stage in plan.stages[run.stage :]:
-        run.enter(stage)
-        tell(stage_started(plan, stage))
+    reason = "length"
+    for index in range(run.stage, len(run.plan.stages)):
+        stage, is_last = run.enter(index), index == len(run.plan.stages) - 1
+        tell(stage_started(run.plan, stage))
         for epoch, start, end in stage.epoch_ranges():
             if epoch < run.epoch:
                 continue
-            if stage is last and best.epochs_since(epoch - 1) >= plan.patience:
+            if start >= stage.stop or (is_last and best.epochs_since(epoch - 1) >= run.plan.patience):
                 break
             model.train()
-            with EpochWatch(plan, stage, (epoch, start, end), tell, at=run.step, so_far=run.so_far) as watch:
+            ends = (epoch, start, min(end, stage.stop))
+            with EpochWatch(run.plan, stage, ends, tell, at=run.step, so_far=run.so_far) as watch:
                 run.begin_epoch(watch)
-                for step, window in zip(
-                    plan.steps(run.step, end, stage), run.windows(stage, start), strict=False
-                ):
-                    apply(step, model, run.optimizer)
-                    watch.add(run.update(window, step.index), samples_in(window))
-                    if run.average:
-                        run.average.update(step.index)
-                    run.step = step.index + 1
-                    stop.check()
-                    if saver:
-                        saver.offer(run.step, epoch)
-                row = watch.finish()
+                for step, window in run.steps(start, end):
+                    apply(step, model, run.optimizers[step.objective])
+                    samples = samples_in(window)
+                    watch.add(run.updates[step.objective](window, step.index), samples)
+                    if decision := run.done(step, samples):
+                        watch.tell_all()
+                        stage = run.decide(decision)
+                        watch.follow(run.plan, stage)
+                        tell(decision_told(run.plan, decision))
+                    if stage.ends_round(step.index):
+                        stop.check()
+                        if saver:
+                            saver.offer(run.step, epoch)
+                row = watch.finish() | run.measured()
             if judge:
-                size = max(stage.batch_size, _VALIDATED)
-                row |= judge(judged, batch_size=size, tell=tell, check=stop.check)
+                row |= judge(judged, stage=stage, tell=tell, check=stop.check)
                 if not math.isfinite(row["valid_loss"]):
-                    raise NonFiniteError(non_finite("the validation loss is not finite", end - 1, plan))
+                    raise NonFiniteError(
+                        non_finite("the validation loss is not finite", run.step - 1, run.plan)
+                    )
             is_best = best.offer(epoch, row, judged)
-            run.end_epoch({"epoch": epoch, "stage": stage.index, "step": end, **row, "best": is_best})
-            tell(epoch_ended(run.history[-1], plan, watch))
+            decision = run.epoch_done(row)
+            run.end_epoch({"epoch": epoch, "stage": index, "step": run.step, **row, "best": is_best})
+            tell(epoch_ended(run.history[-1], run.plan, watch))
+            if decision:
+                stage = run.decide(decision)
+                tell(decision_told(run.plan, decision))
             if saver:
                 saver.offer(run.step, run.epoch, epoch_ended=True)
         frozen = run.audited(stage)
         if saver:
             saver.save(run.step, run.epoch)
-        tell(FreezeAudited(stage.index, run.step, *frozen))
+        tell(FreezeAudited(index, run.step, *frozen))
         ended = run.epoch - 1
-        restored = None
-        if stage.restore_best:
-            restored = best.restore(model, run.average, ended, of_run=stage is last)
-        patient = stage is not last or best.epochs_since(ended) < plan.patience
-        reason = "length" if patient else "patience"
-        tell(StageEnded(stage.index, run.step, reason, restored))
+        restored = best.restore(model, run.average, ended, of_run=is_last) if stage.restore_best else None
+        if run.has_decided("end"):
+            reason = "until"
+        else:
+            reason = "patience" if is_last and best.epochs_since(ended) >= run.plan.patience else "length"
+        tell(StageEnded(index, run.step, reason, restored))
     if run.average:
         unwrap(model).load_state_dict(run.average.model.state_dict())
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        raise NonFiniteError(non_finite("the weights are not finite", run.step - 1, plan))
+        raise NonFiniteError(non_finite("the weights are not finite", run.step - 1, run.plan))
     return reason
+
+
+def _judged(
+    run: Training, said: LossSaid, validation: Feed, metrics: Metrics | None, model: nn.Module, *, stage: PlannedStage,
+    tell: Tell, check: Callable[[], None],
+) -> dict[str, float]:  # fmt: skip
+    """The numbers of `model` over the validation set, by the losses of a stage."""
+    return validate(
+        model, validation, judged_by(run.losses[stage.index], said), metrics, on=run.on, tell=tell, check=check,
+        batch_size=max(stage.batch_size, _VALIDATED),
+    )  # fmt: skip
 
 
 def _begin(
@@ -294,19 +318,19 @@ def _begin(
     """Leave in the directory what describes the run, and a checkpoint to go on from; or go on from one."""
     run.best.keep = saver.keep
     if resumed is None:
-        folder.describe(recipe, run.plan, run.on)
-        run.enter(run.plan.stages[0])
+        folder.describe(recipe, run.made, run.on)
+        run.enter(0)
         saver.begin()
         return
     saver.go_on(resumed.found.snapshot.state)
     if resumed.replaces:
         run.instead_of = resumed.replaces
         saver.begin(run.step, run.epoch)
-        folder.write_plan(recipe, run.plan)
+        folder.write_plan(recipe, run.made)
         run.instead_of = None
-    elif resumed.found.snapshot.state.plan_hash == run.plan.hash and not folder.has_plan(run.plan):
+    elif resumed.found.snapshot.state.plan_hash == run.made.hash and not folder.has_plan(run.made):
         with suppress(LehrError):  # it was lost or damaged; the run does not need it
-            folder.write_plan(recipe, run.plan)
+            folder.write_plan(recipe, run.made)
 
 
 def _save_as_it_is(run: Training, saver: Saver, tell: Tell) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from lehr.data.datasets import ImageSamples
 from lehr.errors import RecipeError, RequestError, nearest
+from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan
 from lehr.recipe import Recipe
+from lehr.run.losses import Losses, LossSaid
 from lehr.run.sampler import Feed
-from lehr.run.update import Loss
+from lehr.run.update import is_builtin
 from lehr.run.validation import Metrics
 
 
-def check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics | None) -> None:
+def check(
+    plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics | None, losses: Sequence[Losses]
+) -> None:
     """Refuse what could only fail, or be ignored, later."""
     if metrics is not None and not isinstance(metrics, (Mapping, nn.ModuleDict)):
         raise RequestError(
@@ -34,12 +38,20 @@ def check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics 
             'pass valid=, or monitor="train_loss"'
         )
     named = ("accuracy",) if metrics is None else tuple(metrics)
-    measured = ["train_loss", "valid_loss", *(f"valid_{name}" for name in named)]
+    own = [f"{name}_loss" for name in plan.objectives if name]
+    measured = [
+        "train_loss",
+        "valid_loss",
+        *(f"valid_{name}" for name in (*named, *own)),
+        *(f"train_{n}" for n in own),
+    ]
     if plan.monitor not in measured:
         raise RecipeError(
             f"monitor: no metric is called {plan.monitor!r}{nearest(plan.monitor, measured)} "
             f"There are: {', '.join(measured)}"
         )
+    for stage in plan.stages:
+        _check_until(stage, validation, measured, losses[stage.index])
     if training.loader is None:
         return
     size = training.loader.batch_size
@@ -52,7 +64,34 @@ def check(plan: Plan, training: Feed, validation: Feed | None, metrics: Metrics 
             )
 
 
-def check_unused(recipe: Recipe, training: Feed, loss: Loss | None) -> None:
+def _check_until(
+    stage: PlannedStage, validation: Feed | None, measured: Sequence[str], losses: Losses
+) -> None:
+    """Refuse a condition of which it is known that nothing measures it. What a person's own loss function returns is
+    seen when it is called.
+    """
+    condition = stage.condition
+    if condition is None:
+        return
+    if not condition.of_training and validation is None:
+        raise RecipeError(
+            f"stages.{stage.index}.until: there is no validation set, so {condition.metric!r} is never measured; "
+            "pass valid=, or wait for a metric of the training"
+        )
+    known = [
+        *measured,
+        "train_error",
+        "train_accuracy",
+        *(["valid_error"] if "valid_accuracy" in measured else []),
+    ]
+    if condition.metric not in known and all(is_builtin(loss) for loss in losses.values()):
+        raise RecipeError(
+            f"stages.{stage.index}.until: no metric is called {condition.metric!r}{nearest(condition.metric, known)} "
+            f"There are: {', '.join(known)}"
+        )
+
+
+def check_unused(recipe: Recipe, training: Feed, loss: LossSaid) -> None:
     """Refuse what a recipe says and nothing would follow."""
     if recipe.augment is not None and not isinstance(training.source, ImageSamples):
         raise RecipeError(
@@ -63,7 +102,7 @@ def check_unused(recipe: Recipe, training: Feed, loss: Loss | None) -> None:
         raise RequestError(
             f"workers: {training.workers} is for data sets; a DataLoader has its own, so say num_workers there"
         )
-    if loss is not None and recipe.label_smoothing:
+    if recipe.label_smoothing and (loss is not None or any(stage.objectives for stage in recipe.stages)):
         raise RecipeError(
             f"label_smoothing: {recipe.label_smoothing} is for the built-in cross-entropy; "
             "leave it out, and smooth in your own loss"

@@ -20,7 +20,7 @@ from lehr.run.checkpoint import CheckpointFolder, Found
 from lehr.run.folder import RunFolder
 from lehr.run.precision import Arithmetic
 from lehr.run.state import DamageError, State
-from lehr.run.training import Terms, made_by
+from lehr.run.training import Terms, followed, made_by
 
 Resume = Literal[False, True, "auto", "changed"]
 _KNOWN = (False, True, "auto", "changed")
@@ -157,7 +157,9 @@ def _same_plan(folder: RunFolder, state: State, plan: Plan, *, changed: bool) ->
         )
     at = state.at
     try:
-        check_continuation(was, plan, stage=at.stage, epoch=at.epoch, step=at.step)
+        check_continuation(
+            followed(was, state), followed(plan, state), stage=at.stage, epoch=at.epoch, step=at.step
+        )
         way = (
             "or, to go on with what has changed, say so "
             f'(lehr resume {folder.path} --set KEY=VALUE or --extend "10 epochs"; in Python resume="changed")'

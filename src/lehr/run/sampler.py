@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lehr.data.datasets import pure
 from lehr.data.purity import seed_of
 from lehr.errors import DataError, FeedError, is_from_worker, plain_words
-from lehr.planning import PlannedStage, batches_in
+from lehr.planned_stage import PlannedStage
+from lehr.planning import batches_in
 
 Window = list[tuple[Any, int]]
 _ORDER = 1  # sets the seeds of orders apart from those of augmentation, (seed, view, index), unless seed is 1 itself
@@ -85,19 +86,20 @@ class Feed:
         done: int = 0,
         rewound: AbstractContextManager[object] = _AS_IT_IS,
     ) -> Iterator[Window]:
-        """The batches of each step of an epoch, each with its number of samples; the last may be short.
+        """The batches of each round of an epoch, each with its number of samples; the last may be short.
 
         Args:
             stage: has the size of batches and windows.
             epoch: decides order and augmentation.
-            done: steps of the epoch to leave out. lehr's own batches of them are not even read; from a person's
+            done: rounds of the epoch to leave out. lehr's own batches of them are not even read; from a person's
                 loader they are drawn again and dropped.
             rewound: the random states of the epoch's beginning, in which that is done.
 
         Raises:
             FeedError: for a sample that cannot be had, with the step.
         """
-        step = stage.start + (epoch - stage.first_epoch) * stage.steps_per_epoch + done
+        begins = stage.start + (epoch - stage.first_epoch) * stage.steps_per_epoch
+        number = done
         batches: Iterator[Any] | None = None
         while True:
             try:
@@ -105,13 +107,14 @@ class Feed:
                     batches = self._from(stage, epoch, done, rewound)
                 window = [(batch, size_of(batch)) for batch in islice(batches, stage.accumulate)]
             except Exception as error:
+                step = begins + stage.first_of_round(number)
                 raise FeedError(
                     f"step {step}: {died(error, beside=self._beside) or plain_words(error)}"
                 ) from error
             if not window:
                 return
             yield window
-            step += 1
+            number += 1
 
     def _from(
         self, stage: PlannedStage, epoch: int, done: int, rewound: AbstractContextManager[object]

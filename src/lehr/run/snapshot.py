@@ -1,8 +1,8 @@
 """Tensors of a model and an optimizer by name, copied out and put back. It must not know files or stages.
 
 Parts of a run are modules with a name: `model/layer.weight`, `ema/layer.weight`. What the optimizer keeps for a
-parameter is `optimizer/layer.weight/exp_avg`. So a model whose parts stand in another order loads right, and
-one that has changed is refused by name.
+parameter is `optimizer/layer.weight/exp_avg`, that of an objective `optimizer.d/layer.weight/exp_avg`. So a model whose
+parts stand in another order loads right, and one that has changed is refused by name.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def put_back(part: str, module: nn.Module, tensors: Mapping[str, torch.Tensor]) 
                 module.get_submodule(path)._buffers[last] = tensor.to(device, copy=True)
 
 
-def slots_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Slots], Tensors]:
-    """What an optimizer keeps for each of its parameters, by the parameter's name.
+def slots_of(optimizer: torch.optim.Optimizer, part: str = "optimizer") -> tuple[dict[str, Slots], Tensors]:
+    """What an optimizer keeps for each of its parameters, by the parameter's name; its tensors under `part`.
 
     Raises:
         CheckpointError: for something that is neither a tensor nor a plain value.
@@ -112,12 +112,15 @@ def slots_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Slots], Tensor
         off = parameter.device.type != "cpu"
         host = tuple(key for key, value in ours.items() if value.device.type == "cpu") if off else None
         slots[name] = Slots(tuple(ours), plain, host)
-        tensors.update({f"optimizer/{name}/{key}": value.detach() for key, value in ours.items()})
+        tensors.update({f"{part}/{name}/{key}": value.detach() for key, value in ours.items()})
     return slots, tensors
 
 
 def fill_slots(
-    optimizer: torch.optim.Optimizer, slots: Mapping[str, Slots], tensors: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    slots: Mapping[str, Slots],
+    tensors: Mapping[str, torch.Tensor],
+    part: str = "optimizer",
 ) -> None:
     """Make an optimizer keep what `slots_of` gave.
 
@@ -128,7 +131,7 @@ def fill_slots(
     strangers = [name for name in slots if name not in parameters]
     if strangers:
         raise CheckpointError(f"the optimizer's state is of {listed(strangers)}, which it does not train")
-    absent = [f"{n}/{k}" for n, s in slots.items() for k in s.tensors if f"optimizer/{n}/{k}" not in tensors]
+    absent = [f"{n}/{k}" for n, s in slots.items() for k in s.tensors if f"{part}/{n}/{k}" not in tensors]
     if absent:
         raise CheckpointError(f"the optimizer's state lacks {listed(absent)}")
     on_device = {
@@ -141,7 +144,7 @@ def fill_slots(
         parameter = parameters[name]
         values: dict[str, object] = dict(kept.plain)
         for key in kept.tensors:
-            value = tensors[f"optimizer/{name}/{key}"]
+            value = tensors[f"{part}/{name}/{key}"]
             counts = value.ndim == 0 and not on_device[id(parameter)]
             host = counts if kept.host is None else key in kept.host
             values[key] = _laid_out(value, parameter, torch.device("cpu") if host else parameter.device)

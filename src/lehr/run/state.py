@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from lehr.data.fingerprint import Fingerprint
 from lehr.untrusted import brief
 
-FORMAT = 1
+FORMAT = 2
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _COLUMNS = {"epoch": int, "stage": int, "step": int, "train_loss": float, "best": bool}
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -51,12 +51,46 @@ class Position:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Tally:
+    """A sum over samples, and their number."""
+
+    total: Number = 0.0
+    samples: Count = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SoFar:
-    """What the epoch under way has counted: the sum of losses weighted by samples, the samples, seconds."""
+    """What the epoch under way has counted: the sum of losses weighted by samples, the samples, seconds; and the
+    losses of each objective, where there are several.
+    """
 
     loss_sum: Number = 0.0
     samples: Count = 0
     seconds: Seconds = 0.0
+    objectives: dict[str, Tally] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Gauge:
+    """What is known of the stage's `until`, the words of which are `condition`: the best value so far, the larger the
+    better, and where it was seen; what was counted since the last check, and in this epoch.
+    """
+
+    condition: str = ""
+    best: Number = -math.inf
+    at: Count = 0
+    window: Tally = field(default_factory=Tally)
+    epoch: Tally = field(default_factory=Tally)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Decided:
+    """What was decided on evidence, as `lehr.planned_stage.Decision` has it."""
+
+    stage: Count
+    step: Count
+    kind: Literal["end", "reduce"]
+    value: Number
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -120,6 +154,8 @@ class Settings:
 class State:
     """Everything but the tensors.
 
+    `plan_hash` is that of the plan as it was made; with the `decisions`, each an end or a cooling of a stage, it is the
+    plan that is followed. `gauge` has what is known of the next one. `optimizer` and `scalers` are by objective.
     `records` counts the journal's lines that were written when the state was taken; `instead_of` is the hash
     of the plan that a person replaced by this one, or empty; `frozen` has a digest of each tensor that the
     stage keeps frozen, as it was when the stage began; `random` has what is no tensor of the random states;
@@ -132,11 +168,13 @@ class State:
     records: Count
     seconds: Seconds
     so_far: SoFar
+    decisions: tuple[Decided, ...]
+    gauge: Gauge
     history: tuple[dict[str, bool | int | Number], ...]
     best: BestSoFar
     frozen: dict[str, str]
-    optimizer: dict[str, Slots]
-    scaler: dict[str, int | float] | None
+    optimizer: dict[str, dict[str, Slots]]
+    scalers: dict[str, dict[str, int | float]]
     random: dict[str, int | float | str | None]
     train: Fingerprint
     valid: Fingerprint | None

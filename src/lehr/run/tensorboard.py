@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lehr.errors import RequestError
-from lehr.events import EpochEnded, Event, Interrupted, Resumed, RunEnded, RunFailed, StepsTaken
+from lehr.events import (
+    ConditionMet,
+    EpochEnded,
+    Event,
+    Interrupted,
+    RateReduced,
+    Resumed,
+    RunEnded,
+    RunFailed,
+    StepsTaken,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -19,7 +29,8 @@ if TYPE_CHECKING:
 def tensorboard(folder: str | Path) -> TensorBoard:
     """An observer that writes event files for TensorBoard into `folder`, which is made where it is missing.
 
-    What is written: `train/loss` for every step, at the step's 0-based number; `lr/<group>` and
+    What is written: `train/loss` (`train/d_loss` of an objective `d`) for every step, at the step's 0-based number; what
+    was measured where a stage ended or cooled on evidence, as `stage/1: train_error < 0.8`; `lr/<group>` and
     `epoch/<metric>` (`epoch/train_loss` among them) for every epoch, at the number of its last step. The file
     is closed when the run ends, fails or is interrupted. Where a run is resumed, what an earlier process wrote
     of the steps that are done again is hidden: no point is shown twice.
@@ -60,8 +71,11 @@ class TensorBoard:
                 self.close()
                 self._resumed = event.step
             case StepsTaken():
-                for step, loss in zip(range(event.start, event.stop), event.losses, strict=True):
-                    self._scalar("train/loss", loss, step)
+                whose = event.objectives or ("",) * len(event.losses)
+                for step, loss, name in zip(range(event.start, event.stop), event.losses, whose, strict=True):
+                    self._scalar(f"train/{name}_loss" if name else "train/loss", loss, step)
+            case ConditionMet() | RateReduced():
+                self._scalar(f"stage/{event.stage + 1}: {event.condition}", event.value, event.step)
             case EpochEnded():
                 self._epoch(event)
             case RunEnded() | RunFailed() | Interrupted():

@@ -6,10 +6,9 @@ It must not know when a checkpoint is taken, or where it is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,19 +16,22 @@ from torch import nn
 from lehr._version import __version__
 from lehr.cadence import Cadence
 from lehr.data.fingerprint import Fingerprint, fingerprint
-from lehr.errors import CheckpointError
+from lehr.errors import CheckpointError, RecipeError
 from lehr.journal import Journal
-from lehr.planning import Plan, PlannedStage
+from lehr.planned_stage import Decision, PlannedStage
+from lehr.planning import Plan, Step
 from lehr.run.audit import Digests, audit, frozen_digests
 from lehr.run.best import Best
 from lehr.run.checkpoint import Snapshot
 from lehr.run.ema import Ema
 from lehr.run.facts import unwrap
+from lehr.run.gate import Gate
+from lehr.run.losses import Losses, modules_of
 from lehr.run.precision import Arithmetic
 from lehr.run.randomness import Randomness, RandomState
 from lehr.run.sampler import Feed, Window
 from lehr.run.snapshot import Copies, fill_slots, put_back, slots_of, tensors_of
-from lehr.run.state import Made, Position, Settings, SoFar, State
+from lehr.run.state import Decided, Gauge, Made, Position, Settings, Slots, SoFar, State
 from lehr.run.update import Update
 from lehr.run.watch import EpochWatch
 from lehr.run.weights import listed
@@ -57,19 +59,21 @@ class Terms:
 
 @dataclass
 class Training:
-    """A run under way. `stage`, `epoch` and `step` say where it is, as in `Position`; `instead_of` is the hash of
-    the plan that its own replaces, until that is written down.
+    """A run under way. `made` is its plan as it was made, `plan` the one that follows with what was decided since.
+    `stage`, `epoch` and `step` say where it is, as in `Position`; `instead_of` is the hash of the plan that its own
+    replaces, until that is written down. Optimizers and updates are by objective, losses by stage and objective.
     """
 
-    plan: Plan
+    made: Plan
     model: nn.Module
-    optimizer: torch.optim.Optimizer
-    update: Update
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    updates: Mapping[str, Update]
     average: Ema | None
     best: Best
-    loss: Any
+    losses: tuple[Losses, ...]
     feed: Feed
     on: Arithmetic
+    sign: Callable[[str], float]
     terms: Terms | None = None
     stage: int = 0
     epoch: int = 0
@@ -82,6 +86,9 @@ class Training:
     before: float = 0.0
     began: float = field(default_factory=time.monotonic)
     instead_of: str | None = None
+    gauge: Gauge = field(default_factory=Gauge)
+    gate: Gate | None = None
+    plan: Plan = field(init=False)
     _copies: Copies = field(default_factory=Copies)
 
     @property
@@ -89,12 +96,28 @@ class Training:
         """How long the run has trained, in this process and those before it."""
         return self.before + time.monotonic() - self.began
 
-    def enter(self, stage: PlannedStage) -> None:
-        """Be in `stage`: at its start, unless the run was resumed within it."""
-        if self.frozen is None or self.stage != stage.index:
-            self.stage, self.epoch, self.step = stage.index, stage.first_epoch, stage.start
+    def __post_init__(self) -> None:
+        self.plan = self.made
+
+    def enter(self, index: int) -> PlannedStage:
+        """Be in the stage: at its start, unless the run was resumed within it."""
+        stage = self.plan.stages[index]
+        if self.frozen is None or self.stage != index:
+            self.stage, self.epoch, self.step = index, stage.first_epoch, stage.start
             self.best.begin_stage(stage.first_epoch)
             self.frozen = frozen_digests(self.model, self.plan.trainable(stage))
+            self.gauge = Gauge()
+        self.gate = Gate(stage, self.sign(stage.condition.metric) if stage.condition else 1.0, self.gauge)
+        for turn in stage.turns:
+            update = self.updates[turn.objective]
+            update.loss = self.losses[index][turn.objective]
+            update.measure = self.gate.measure(turn.objective)
+        return stage
+
+    def decide(self, decision: Decision) -> PlannedStage:
+        """Follow the plan with one more decision from here on; the stage as it is now."""
+        self.plan = self.plan.decided(decision)
+        return self.plan.stages[self.stage]
 
     def audited(self, stage: PlannedStage) -> tuple[int, int, str]:
         """What the stage has kept frozen, now that it ends: parameters, buffers, and one digest of them all.
@@ -103,7 +126,8 @@ class Training:
             RunError: where some of it has changed.
         """
         assert self.frozen is not None
-        digest = audit(self.model, self.optimizer, self.plan.trainable(stage), self.frozen)
+        optimizers = [self.optimizers[turn.objective] for turn in stage.turns]
+        digest = audit(self.model, optimizers, self.plan.trainable(stage), self.frozen)
         parameters = len(self.plan.parameters) - len(self.plan.trainable(stage))
         return parameters, len(self.frozen) - parameters, digest
 
@@ -115,12 +139,66 @@ class Training:
             self.epoch_random = self._randomness.take()
         self.epoch, self.watch = watch.epoch, watch
 
-    def windows(self, stage: PlannedStage, start: int) -> Iterator[Window]:
-        """The windows of batches of the epoch that began at step `start`, from here on."""
+    def steps(self, start: int, stop: int) -> Iterator[tuple[Step, Window]]:
+        """What is left of the epoch of the steps [start, stop), each step with its window of batches. A decision that is
+        taken between two of them holds for the next.
+        """
+        windows = self._windows(self.plan.stages[self.stage], start)
+        while self.step < (end := min(stop, self.plan.stages[self.stage].stop)):
+            plan, before = self.plan, self.step
+            for pair in zip(plan.steps(self.step, end, plan.stages[self.stage]), windows, strict=False):
+                yield pair
+                if self.plan is not plan:
+                    break
+            if self.step == before or self.plan is plan:
+                return  # the windows have run out
+
+    def done(self, step: Step, samples: int) -> Decision | None:
+        """The step is done: what its stage's `until` decides on it."""
+        assert self.gate is not None
+        stage, update = self.plan.stages[self.stage], self.updates[step.objective]
+        if self.average and step.objective:
+            own = self._own_before(step.objective) + stage.own_index(step.index)
+            self.average.update(own, step.trainable)
+        elif self.average:
+            self.average.update(step.index)
+        self.step = step.index + 1
+        self.gate.add(update.measured, samples)
+        return self.gate.after_step(stage, self.step)
+
+    def measured(self) -> dict[str, float]:
+        """What the stage's `until` waits for, over the epoch that has ended."""
+        assert self.gate is not None
+        return self.gate.epoch_row()
+
+    def epoch_done(self, row: Mapping[str, float]) -> Decision | None:
+        """The epoch is done, with this row: what its stage's `until` decides on it."""
+        assert self.gate is not None
+        return self.gate.after_epoch(self.plan.stages[self.stage], self.step, row, self.epoch)
+
+    def has_decided(self, kind: str) -> bool:
+        """Whether the stage has ended, or cooled, on evidence."""
+        return any(d.stage == self.stage and d.kind == kind for d in self.plan.decisions)
+
+    def _own_before(self, objective: str) -> int:
+        """The updates that an objective has made in the stages before this one."""
+        return sum(
+            stage.own_updates(index, stage.steps)
+            for stage in self.plan.stages[: self.stage]
+            for index, turn in enumerate(stage.turns)
+            if turn.objective == objective
+        )
+
+    def _windows(self, stage: PlannedStage, start: int) -> Iterator[Window]:
+        """The window of batches of each step of the epoch that began at step `start`, from here on. Objectives that
+        take turns share that of their round, and a run is saved only between rounds.
+        """
         if self.epoch_random is not None and self.step == start:  # saved when its first window had failed
             self._randomness.put(self.epoch_random)
         rewound = self._randomness.rewound(self.epoch_random)
-        return self.feed.windows(stage, self.epoch, self.step - start, rewound)
+        first = stage.round_of(self.step)
+        windows = self.feed.windows(stage, self.epoch, first, rewound)
+        return windows if stage.is_plain else _by_turns(stage, self.step, enumerate(windows, start=first))
 
     def end_epoch(self, row: Mapping[str, float]) -> None:
         """Be between epochs."""
@@ -134,7 +212,11 @@ class Training:
         """
         assert self.terms is not None
         so_far = self.watch.so_far() if self.watch else self.so_far  # None before the loop has come to it
-        slots, tensors = slots_of(self.optimizer)
+        slots: dict[str, dict[str, Slots]] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, optimizer in self.optimizers.items():
+            slots[name], kept = slots_of(optimizer, _part(name))
+            tensors |= kept
         for part, module in self._parts.items():
             tensors |= tensors_of(part, module)
         random = self._randomness.take().named(_NOW)
@@ -142,11 +224,16 @@ class Training:
         if self.epoch_random:
             begun = self.epoch_random.named(_EPOCH)
             plain, states = plain | begun.plain, states | dict(begun.tensors)
+        scalers = {
+            name: update.scaling for name, update in self.updates.items() if update.scaling is not None
+        }
         state = State(
-            at=Position(self.stage, self.epoch, self.step), plan_hash=self.plan.hash,
+            at=Position(self.stage, self.epoch, self.step), plan_hash=self.made.hash,
             instead_of=self.instead_of, records=journal.records, seconds=self.seconds, so_far=so_far,
+            decisions=tuple(Decided(d.stage, d.step, d.kind, d.value) for d in self.plan.decisions),
+            gauge=self.gate.gauge if self.gate else self.gauge,
             history=tuple(dict(row) for row in self.history), best=self.best.so_far, frozen=dict(self.frozen or {}),
-            optimizer=slots, scaler=self.update.scaling, random=plain, train=self.terms.train, valid=self.terms.valid,
+            optimizer=slots, scalers=scalers, random=plain, train=self.terms.train, valid=self.terms.valid,
             settings=self.terms.settings, made=made_by(self.on), files={},
         )  # fmt: skip
         trained = tuple(f"model/{name}" for name in self.plan.trainable(self.plan.stages[self.stage]))
@@ -159,13 +246,19 @@ class Training:
             CheckpointError: where it does not fit, by name.
         """
         state = snapshot.state
+        try:
+            self.plan = followed(self.made, state)
+        except RecipeError as error:
+            raise CheckpointError(str(error)) from None
         if not _is_place(state.at, self.plan):
             raise CheckpointError(f"{state.at} is no place of the plan")
         try:
             for part, module in reversed(self._parts.items()):
                 put_back(part, module, snapshot.tensors)
-            fill_slots(self.optimizer, state.optimizer, snapshot.tensors)
-            self.update.resume(state.scaler)
+            _check_objectives(state, self.optimizers)
+            for name, optimizer in self.optimizers.items():
+                fill_slots(optimizer, state.optimizer[name], snapshot.tensors, _part(name))
+                self.updates[name].resume(state.scalers.get(name))
             _check_best(snapshot.best, self._parts["model"])
             self.best.resume(state.best, snapshot.best)
             random = RandomState(snapshot.tensors, state.random)
@@ -178,8 +271,9 @@ class Training:
         self.epoch_random = begun if begun.tensors else None
         self.stage, self.epoch, self.step = state.at.stage, state.at.epoch, state.at.step
         self.history, self.so_far, self.before = list(state.history), state.so_far, state.seconds
+        self.gauge = state.gauge
         stage = self.plan.stages[self.stage]
-        same = state.plan_hash == self.plan.hash or self.step > stage.start
+        same = state.plan_hash == self.made.hash or self.step > stage.start
         self.frozen = dict(state.frozen) if same else None
 
     @cached_property
@@ -191,9 +285,43 @@ class Training:
         parts = {"model": unwrap(self.model)}
         if self.average:
             parts["ema"] = self.average.model
-        if isinstance(self.loss, nn.Module):
-            parts["loss"] = self.loss
-        return parts
+        return parts | modules_of(self.losses)
+
+
+def followed(plan: Plan, state: State) -> Plan:
+    """The plan with what had been decided when the state was taken.
+
+    Raises:
+        RecipeError: where the plan has no such place.
+    """
+    for decided in state.decisions:
+        plan = plan.decided(Decision(decided.stage, decided.step, decided.kind, decided.value))
+    return plan
+
+
+def _part(objective: str) -> str:
+    """Under what the tensors of an objective's optimizer are kept."""
+    return f"optimizer.{objective}" if objective else "optimizer"
+
+
+def _check_objectives(state: State, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    if state.optimizer.keys() != optimizers.keys():
+        raise CheckpointError(
+            f"it has the state of the objectives {listed(list(map(repr, state.optimizer)))}, the plan has "
+            f"{listed(list(map(repr, optimizers)))}"
+        )
+
+
+def _by_turns(stage: PlannedStage, step: int, windows: Iterator[tuple[int, Window]]) -> Iterator[Window]:
+    """The window of each step from `step` on: that of its round. A round that is nobody's is passed over."""
+    for number, window in windows:
+        if stage.round_of(step) != number:
+            continue
+        while True:
+            yield window
+            step += 1
+            if stage.ends_round(step - 1):
+                break
 
 
 def made_by(on: Arithmetic) -> Made:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -22,12 +22,19 @@ from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Window, samples_in
 from lehr.run.watch import non_finite
 
-Loss = Callable[[nn.Module, Any], "torch.Tensor | Mapping[str, torch.Tensor]"]
+Returned: TypeAlias = "torch.Tensor | Mapping[str, torch.Tensor]"
+Loss = Callable[[nn.Module, Any], Returned]
+Measure = Callable[[Returned, torch.Tensor, int], torch.Tensor]
+"""(what a loss function returned, the loss in it, samples) -> a sum over the samples, a scalar on the device."""
+_BUILTIN = "_lehr_builtin"
 _MOST_TRIES = 40  # 2**40: from the largest useful scale to below 1
 
 
 class Update:
     """Does one update of `model` on a window of batches; returns the mean loss, detached, on the device.
+
+    `loss` is the loss function. `measure` finds a number in what that returns; `measured` then has it for each batch
+    of the last window.
 
     Raises:
         NonFiniteError: for a loss that is not finite (before the weights are touched, where reading it is
@@ -35,10 +42,21 @@ class Update:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, *, plan: Plan, on: Arithmetic
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss | None = None,
+        *,
+        plan: Plan,
+        on: Arithmetic,
+        objective: str = "",
     ) -> None:
-        self._model, self._optimizer, self._loss = model, optimizer, loss
+        self.loss = loss or cross_entropy(plan.label_smoothing)
+        self.measure: Measure | None = None
+        self.measured: list[torch.Tensor] = []
+        self._model, self._optimizer = model, optimizer
         self._plan, self._on = plan, on
+        self._clip_norm = plan.objectives[objective].clip_norm
         # Looked up once: for the smallest networks these cost as much as a layer.
         self._reads, self._here = on.synchronous, on.device.type == "cpu"
         self._autocast = on.autocast()  # may be entered again and again
@@ -103,10 +121,16 @@ class Update:
     def _backward(self, window: Window, total: int, step: int) -> torch.Tensor:
         """Gradients of the mean loss over the window's samples."""
         means: list[torch.Tensor] = []
+        self.measured.clear()
         for batch, size in window:
             with self._autocast:
                 here = batch if self._here else placed(batch, self._on.device)
-                loss = scalar_loss(self._loss(self._model, here))
+                returned = self.loss(self._model, here)
+                loss = scalar_loss(returned)
+            if not loss.requires_grad:
+                raise RunError(_unreached(step, self._plan))
+            if self.measure:
+                self.measured.append(self.measure(returned, loss, size))
             if self._reads and not math.isfinite(loss.item()):
                 raise NonFiniteError(non_finite(f"the loss is {loss.item()}", step, self._plan))
             if size != total:
@@ -116,15 +140,17 @@ class Update:
         return means[0] if len(means) == 1 else torch.stack(means).sum()
 
     def _clip(self) -> None:
-        if self._plan.clip_norm != math.inf:
+        if self._clip_norm != math.inf:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self._plan.clip_norm)
+            nn.utils.clip_grad_norm_(parameters, self._clip_norm)
 
     def _scaled(self, scaler: torch.amp.GradScaler, window: Window, total: int, step: int) -> torch.Tensor:
         undo = _undo(self._model, self._on.device)
         for _ in range(_MOST_TRIES):
             self._optimizer.zero_grad(set_to_none=True)
             loss = self._backward(window, total, step)
+            if not any(p.grad is not None for group in self._optimizer.param_groups for p in group["params"]):
+                return loss  # nothing to step: a scale that has seen no gradient may not be updated
             scaler.unscale_(self._optimizer)
             self._clip()
             scale = scaler.get_scale()
@@ -136,6 +162,17 @@ class Update:
         lowest = f"down to a scale of {scaler.get_scale():g}"
         what = f"the fp16 gradients overflowed {_MOST_TRIES} times in a row, {lowest},"
         raise NonFiniteError(non_finite(what, step, self._plan))
+
+
+def _unreached(step: int, plan: Plan) -> str:
+    """What to say where the loss depends on nothing that trains."""
+    stage = plan.stage_at(step)
+    name = stage.turns[stage.turn_at(step)].objective
+    whose = f"the loss of objective {name!r}" if name else "the loss"
+    return (
+        f"step {step}: {whose} depends on nothing that trains in stage {stage.index + 1}, {stage.label!r}; let it reach "
+        "those parameters (is something detached, or computed under no_grad?), or train others"
+    )
 
 
 def _like(found: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
@@ -189,7 +226,13 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
             "targets": targets,
         }
 
+    loss.__dict__[_BUILTIN] = True
     return loss
+
+
+def is_builtin(loss: Loss) -> bool:
+    """Whether a loss function is one that `cross_entropy` made, which measures loss, error and accuracy."""
+    return _BUILTIN in getattr(loss, "__dict__", {})
 
 
 def scalar_loss(returned: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:

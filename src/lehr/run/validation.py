@@ -34,7 +34,8 @@ def validate(
     tell: Tell,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """`valid_loss` and every metric as `valid_<name>`, over the whole feed, in eval mode.
+    """`valid_loss`, every metric as `valid_<name>`, and so every further scalar that the loss function's dict has (a
+    mean over the batch), over the whole feed, in eval mode.
 
     Args:
         loss: as for `fit`; None is plain cross-entropy, without label smoothing.
@@ -56,6 +57,7 @@ def validate(
         torch.zeros((), dtype=torch.float64 if on.device.type != "mps" else torch.float32, device=on.device),
         0,
     )
+    sums: dict[str, torch.Tensor] = {}
     try:
         with torch.no_grad(), preserved():  # training goes on as if there had been no validation
             for batch in feed.sequential(batch_size):
@@ -63,6 +65,8 @@ def validate(
                 with on.autocast():
                     returned = loss(model, placed(batch, on.device))
                 total += scalar_loss(returned).to(total.dtype) * size
+                for name, value in _further(returned):
+                    sums[name] = sums.get(name, torch.zeros_like(total)) + value.to(total.dtype) * size
                 samples += size
                 metrics = _counted(returned, metrics, on)
                 check()
@@ -73,9 +77,22 @@ def validate(
         for module, mode in modes:
             module.training = mode
     values = {"valid_loss": total.item() / samples}
+    values |= {f"valid_{name}": value.item() / samples for name, value in sums.items()}
     for name, metric in (metrics or {}).items():
         values[f"valid_{name}"] = _number(metric.compute(), name)
     return values
+
+
+def _further(returned: torch.Tensor | Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """What a loss function measured besides its loss: the scalars in its dict."""
+    table = returned if isinstance(returned, Mapping) else {}
+    return [
+        (name, value.detach().reshape(()))
+        for name, value in table.items()
+        if name not in ("loss", "outputs", "targets")
+        and isinstance(value, torch.Tensor)
+        and value.numel() == 1
+    ]
 
 
 def higher_is_better(monitor: str, metrics: Metrics | None) -> bool:

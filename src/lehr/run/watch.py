@@ -28,8 +28,9 @@ from lehr.events import (
     StepsTaken,
 )
 from lehr.journal import Journal
-from lehr.planning import Plan, PlannedStage
-from lehr.run.state import SoFar
+from lehr.planned_stage import PlannedStage
+from lehr.planning import Plan
+from lehr.run.state import SoFar, Tally
 from lehr.run.stopping import was_asked
 
 Tell = Callable[[Event], None]
@@ -66,6 +67,7 @@ class EpochWatch:
         self._losses: list[float] = []
         self._sizes: list[int] = []
         self._sum, self._samples = so_far.loss_sum, so_far.samples
+        self._by = dict(so_far.objectives)  # of each objective, where there are several
         self._told = self.start if at is None else at
         self.samples_per_second = 0.0
 
@@ -92,6 +94,19 @@ class EpochWatch:
             self._tell(self._progress())
             self._next_look = self._clock() + REFRESH
 
+    def follow(self, plan: Plan, stage: PlannedStage) -> None:
+        """Go on by a plan with one more decision, which may end the stage here."""
+        self._plan, self._stage, self.stop = plan, stage, min(self.stop, stage.stop)
+
+    def tell_all(self) -> None:
+        """Tell of all steps that are done.
+
+        Raises:
+            NonFiniteError: for a loss that is not finite.
+        """
+        self._read()
+        self._flush()
+
     def finish(self) -> dict[str, float]:
         """The epoch's own row: its training loss and speed.
 
@@ -109,17 +124,15 @@ class EpochWatch:
         self._tell(self._progress())
         self._flush()
         self.samples_per_second = self._speed()
-        return {"train_loss": self._sum / self._samples}
+        return {
+            "train_loss": self._sum / self._samples,
+            **{f"train_{n}_loss": v for n, v in self._means().items()},
+        }
 
     def so_far(self) -> SoFar:
-        """What the epoch has counted; the losses of all its steps are told.
-
-        Raises:
-            NonFiniteError: for a loss that is not finite.
-        """
-        self._read()
-        self._flush()
-        return SoFar(self._sum, self._samples, self.seconds)
+        """What the epoch has counted; the losses of all its steps are told (`tell_all`)."""
+        self.tell_all()
+        return SoFar(self._sum, self._samples, self.seconds, dict(self._by))
 
     @property
     def seconds(self) -> float:
@@ -127,7 +140,16 @@ class EpochWatch:
         return self._before.seconds + self._clock() - self._began
 
     def _speed(self) -> float:
-        return (self._samples - self._before.samples) / max(self._clock() - self._began, 1e-9)
+        """Samples a second; those of a batch that several objectives train on are counted once."""
+        shared = self._stage.rounds_per_epoch / self._stage.steps_per_epoch
+        return shared * (self._samples - self._before.samples) / max(self._clock() - self._began, 1e-9)
+
+    def _means(self) -> dict[str, float]:
+        """The mean loss of each objective so far; nothing in an ordinary stage."""
+        return {name: tally.total / tally.samples for name, tally in self._by.items()}
+
+    def _objective(self, step: int) -> str:
+        return self._stage.turns[self._stage.turn_at(step)].objective
 
     def _read(self) -> None:
         """Bring the losses that wait on the device here, all in one go."""
@@ -140,40 +162,54 @@ class EpochWatch:
             if not math.isfinite(loss):
                 raise NonFiniteError(non_finite(f"the loss is {loss}", step, self._plan))
             self._losses.append(loss)
-        for loss, size in zip(losses, self._sizes, strict=True):
+        first = self._told + len(self._losses) - len(losses)
+        for step, (loss, size) in enumerate(zip(losses, self._sizes, strict=True), start=first):
             self._sum += loss * size
             self._samples += size
+            if name := self._objective(step):
+                tally = self._by.get(name, Tally())
+                self._by[name] = Tally(tally.total + loss * size, tally.samples + size)
         self._sizes.clear()
 
     def _flush(self) -> None:
         if self._losses:
             stop = self._told + len(self._losses)
-            self._tell(StepsTaken(self._told, stop, tuple(self._losses)))
+            whose = [self._objective(step) for step in range(self._told, stop)]
+            self._tell(StepsTaken(self._told, stop, tuple(self._losses), tuple(whose) if any(whose) else ()))
             self._told = stop
             self._losses.clear()
 
     def _progress(self) -> Progressed:
         done = self._told + len(self._losses)
-        rates = self._plan[max(done - 1, self.start)].lr
         return Progressed(
             step=done, stage=self._stage.index,
             epoch=self.epoch, epoch_start=self.start, epoch_stop=self.stop,
-            loss=self._sum / max(self._samples, 1), lr=trained(rates, self._stage),
-            samples_per_second=self._speed(),
+            loss=self._sum / max(self._samples, 1), lr=last_rates(self._plan, self._stage, max(done, self.start + 1)),
+            samples_per_second=self._speed(), losses=self._means(),
         )  # fmt: skip
 
 
 def non_finite(what: str, step: int, plan: Plan) -> str:
     """What went wrong at `step`, at which rates, and what to try."""
-    stage = plan.stage_at(step)
-    rates = ", ".join(f"{group} {rate:.3g}" for group, rate in trained(plan[step].lr, stage).items())
+    stage, at = plan.stage_at(step), plan[step]
+    rates = ", ".join(f"{group} {rate:.3g}" for group, rate in trained(at.lr, stage).items())
     tries = ["a lower lr", "a longer warm-up"]
-    if plan.clip_norm == math.inf:
+    if plan.objectives[at.objective].clip_norm == math.inf:
         tries.append("clip_norm = 1.0")
     return (
         f"{what} at step {step} (stage {stage.index + 1}, {stage.label!r}; rates: {rates}); "
         f"try {', '.join(tries)}, precision fp32, and look at the inputs for NaN"
     )
+
+
+def last_rates(plan: Plan, stage: PlannedStage, step: int) -> dict[str, float]:
+    """The rates of the last updates before `step`: of each objective's last turn, where it has had one in this stage."""
+    rates: dict[str, float] = {}
+    for objective in {turn.objective: None for turn in stage.turns}:
+        back = range(step - 1, stage.start - 1, -1)
+        at = next((t for t in back if stage.turns[stage.turn_at(t)].objective == objective), None)
+        rates |= {} if at is None else trained(plan[at].lr, stage)
+    return rates
 
 
 def trained(rates: Mapping[str, float], stage: PlannedStage) -> dict[str, float]:
