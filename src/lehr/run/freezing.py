@@ -9,22 +9,22 @@ names alone: there is no history. What is remembered is only which of it a perso
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
 from operator import attrgetter, is_, is_not
-from typing import Any
+from types import MappingProxyType
 
 from torch import nn
 
-from lehr.errors import RunError, SelectionError, nearest
+from lehr.errors import SelectionError, nearest
 from lehr.run.facts import BY_HAND, by_hand, inspect, named, unwrap
+from lehr.run.pinning import TRAIN, Pin, is_plain, pin_of
 from lehr.selection import select
 
-_PIN = "train"
 _RECORD = "_lehr_frozen"
 _END = (object(),)
+_NONE_KNOWN: Mapping[frozenset[str], _Record] = MappingProxyType({})
 _NONES = repeat(None)  # endless, so it can be shared
 
 _requires_grad = attrgetter("requires_grad")
@@ -62,6 +62,7 @@ def freeze(
     """
     chosen = _chosen(model, what, head)
     set_trainable(model, _trained_now(model) - frozenset(chosen))
+    unwrap(model).__dict__.pop(_RECORD, None)  # the notes of other turns are of another time
     _remember(unwrap(model), by_hand(model) | frozenset(chosen))
     return chosen
 
@@ -94,6 +95,7 @@ def thaw(
     """
     chosen = _chosen(model, what, head)
     set_trainable(model, _trained_now(model) | frozenset(chosen))
+    unwrap(model).__dict__.pop(_RECORD, None)
     _remember(unwrap(model), by_hand(model) - frozenset(chosen))
     return chosen
 
@@ -119,80 +121,44 @@ def set_trainable(model: nn.Module, names: frozenset[str]) -> None:
         >>> [p.requires_grad for p in net.parameters()]
         [False, False, True, False]
     """
-    record = model.__dict__.get(_RECORD)
-    if record is None or record.owner != id(model):  # never seen, wrapped, or a shallow copy
+    settled = model.__dict__.get(_RECORD)
+    if settled is None or settled.owner != id(model):  # never seen, wrapped, or a shallow copy
         model = unwrap(model)
-        record = model.__dict__.get(_RECORD)
-    if record is None or record.owner != id(model) or not record.holds(model, names):
+        settled = model.__dict__.get(_RECORD)
+    if settled is None or settled.owner != id(model) or not settled.now.holds(model):
         _settle(model, frozenset(names))
+    elif settled.now.names is not names and settled.now.names != names:  # as it was left, and another's turn
+        known = settled.known.get(names)
+        if known and known.plain and settled.now.plain:
+            _turn(model, settled.now, known)
+            settled.now = known
+        else:
+            _settle(model, frozenset(names), settled.known)
 
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether the module itself is frozen as a whole: held in eval mode, its buffers unchanged."""
-    return _pin_of(module) is not None
-
-
-class _Pinned:
-    """Stands in for `module.train` while `module` is frozen: whatever mode is asked for, it stays in eval.
-
-    It lies in the module's instance dictionary, so class, `state_dict` and hooks stay as they are, and
-    `deepcopy` and pickle carry it over to the copy, whose own it becomes. The module is held weakly so that a
-    frozen model is freed as soon as it is dropped.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-        self.asked = module.training
-        self.displaced = module.__dict__.get(_PIN)  # a `train` that the person had put there
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        module = self._module()
-        if module is None:
-            raise RunError(
-                "train() was called on a shallow copy of a frozen module whose original is gone; "
-                "use copy.deepcopy, or lehr.thaw before copying"
-            )
-        self.asked = mode
-        type(module).train(module, False)
-        module.training = False  # also where the class's own train() ignores the mode
-        return module
-
-    def holds(self, module: nn.Module) -> bool:
-        """Whether this is the module's own pin; a shallow copy carries that of its original."""
-        return self._module() is module
-
-    def release(self, module: nn.Module) -> None:
-        """Gives the module its own `train` back."""
-        if self.displaced is None:
-            del module.__dict__[_PIN]
-        else:
-            module.__dict__[_PIN] = self.displaced
-
-    def __getstate__(self) -> tuple[nn.Module | None, bool, Any]:
-        return self._module(), self.asked, self.displaced
-
-    def __setstate__(self, state: tuple[nn.Module, bool, Any]) -> None:
-        module, self.asked, self.displaced = state
-        self._module = weakref.ref(module)
+    return pin_of(module) is not None
 
 
 class _Record:
     """What a settled model looks like, so that the next call sees at a glance whether it still does.
 
-    It lies in the model's instance dictionary (not in a global table, which would keep alive a model whose
-    parts refer back to it) and turns into None in copies and pickles.
+    `plain` says that no module has a say in its own mode.
+
     """
 
     def __init__(self, own: nn.Module, names: frozenset[str], pinned: list[nn.Module]) -> None:
         parameters = named(own)
         self.names = names
-        self.owner = id(own)
         self.parameters = list(parameters.values())
         self.wanted = [name in names for name in parameters]
         self.frozen = [parameter for name, parameter in parameters.items() if name not in names]
         # Without the model itself, which holds this record: a cycle would keep it alive after its last use.
         self.pinned = [module for module in pinned if module is not own]
         self.whole = len(self.pinned) < len(pinned)
+        self.plain = not self.whole and all(map(is_plain, own.modules()))
+        self.notes = [(None if m is own else m, m.__dict__.get(BY_HAND)) for m in own.modules()]
         # Live views of the dictionaries that hold parameters and submodules, and what they held: a part that
         # was replaced or added is seen by its identity; the end marker sees what is added to the last one.
         tables = [table for m in own.modules() for table in (m._parameters, m._modules)]
@@ -200,11 +166,10 @@ class _Record:
         self.empty = [table for table in tables if not table]
         self.entries = list(chain.from_iterable(self.views))
 
-    def holds(self, own: nn.Module, names: frozenset[str]) -> bool:
-        """Whether the model still is as it was settled, for these names."""
+    def holds(self, own: nn.Module) -> bool:
+        """Whether the model still is as it was settled."""
         return (
-            (self.names is names or self.names == names)
-            and all(map(is_, chain.from_iterable(self.views), self.entries))
+            all(map(is_, chain.from_iterable(self.views), self.entries))
             and not any(self.empty)
             and list(map(_requires_grad, self.parameters)) == self.wanted
             and not any(map(is_not, map(_grad, self.frozen), _NONES))
@@ -212,12 +177,47 @@ class _Record:
             and not (self.whole and own.training)
         )
 
+
+class _Settled:
+    """How the model was left, and the records of other names for which it was settled since with nothing else between:
+    from the one to the other only a few attributes change.
+
+    It lies in the model's instance dictionary (not in a global table, which would keep alive a model whose
+    parts refer back to it) and turns into None in copies and pickles.
+    """
+
+    def __init__(self, own: nn.Module, now: _Record, known: Mapping[frozenset[str], _Record]) -> None:
+        self.owner, self.now, self.known = id(own), now, {**known, now.names: now}
+
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
 
 
-def _settle(own: nn.Module, names: frozenset[str]) -> None:
-    """Brings the model into the wanted state, whatever it was in, and records it."""
+def _turn(own: nn.Module, now: _Record, then: _Record) -> None:
+    """Brings the model from one settled state into another, which leaves what `_settle` leaves, only faster."""
+    for parameter, was, wanted in zip(now.parameters, now.wanted, then.wanted, strict=True):
+        if was != wanted:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+    for (module, note), (_, before) in zip(then.notes, now.notes, strict=True):
+        if note != before:
+            table = (own if module is None else module).__dict__
+            table.pop(BY_HAND, None) if note is None else table.update({BY_HAND: note})
+    before, after = set(now.pinned), set(then.pinned)
+    for module in now.pinned:
+        if module not in after:
+            module.__dict__[TRAIN].release(module)
+            module.training = own.training
+    for module in then.pinned:
+        if module not in before:
+            module.__dict__[TRAIN] = Pin(module)
+            module.training = False
+
+
+def _settle(
+    own: nn.Module, names: frozenset[str], known: Mapping[frozenset[str], _Record] = _NONE_KNOWN
+) -> None:
+    """Brings the model into the wanted state, whatever it was in, and records it, beside those `known` that hold."""
     parameters = named(own)
     _refuse_unknown(names, parameters, own)
     hand = by_hand(own)
@@ -229,15 +229,15 @@ def _settle(own: nn.Module, names: frozenset[str]) -> None:
     trained = {id(parameter) for name, parameter in parameters.items() if name in names}
     training = set(_trained_modules(own, trained, within=True))
     frozen = [module for module in own.modules() if module not in training]
-    _thaw_modules(own, {module for module in training if _pin_of(module)})
+    _thaw_modules(own, {module for module in training if pin_of(module)})
     for module in frozen:
-        if _pin_of(module) is None:
-            module.__dict__[_PIN] = _Pinned(module)
+        if pin_of(module) is None:
+            module.__dict__[TRAIN] = Pin(module)
     for module in frozen:  # outermost first, so most are in eval mode by the time they are met
         if module.training:
-            pin = module.__dict__[_PIN]
+            pin = module.__dict__[TRAIN]
             pin(pin.asked)
-    own.__dict__[_RECORD] = _Record(own, names, frozen)
+    own.__dict__[_RECORD] = _Settled(own, _Record(own, names, frozen), known)
 
 
 def _remember(own: nn.Module, hand: frozenset[str]) -> None:
@@ -264,10 +264,10 @@ def _thaw_modules(own: nn.Module, thawed: set[nn.Module]) -> None:
     """Unpins modules and gives them the mode last asked of the model, as its own `train` hands it down."""
     if not thawed:
         return
-    pin = _pin_of(own)
+    pin = pin_of(own)
     asked = own.training if pin is None else pin.asked
     for module in thawed:
-        module.__dict__[_PIN].release(module)
+        module.__dict__[TRAIN].release(module)
     # Asking the whole model lets a class that overrides train() (to keep its norms in eval mode, say) have
     # its say; the modules that were not frozen get back the mode they had.
     before = [(module, module.training) for module in own.modules() if module not in thawed]
@@ -289,17 +289,6 @@ def _trained_modules(module: nn.Module, trained: set[int], *, within: bool) -> I
         yield module
         for child in module.children():
             yield from _trained_modules(child, trained, within=within)
-
-
-def _pin_of(module: nn.Module) -> _Pinned | None:
-    """The module's own pin. What a shallow copy took over from its original is none, and is dropped."""
-    pin = module.__dict__.get(_PIN)
-    if not isinstance(pin, _Pinned):
-        return None
-    if pin.holds(module):
-        return pin
-    pin.release(module)
-    return None
 
 
 def _trained_now(model: nn.Module) -> frozenset[str]:
