@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("lehr", deadline=None)  # a busy machine is no failure
+settings.load_profile("lehr")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from lehr import schedules as s
@@ -15,9 +14,6 @@ from lehr.curves import Schedule
 from lehr.duration import Duration
 from lehr.recipe import Recipe, Stage
 from lehr.selection import ModelFacts, ParameterFacts
-
-settings.register_profile("lehr", deadline=None)  # a busy machine is no failure
-settings.load_profile("lehr")
 
 shares = st.one_of(st.sampled_from([0.0, 1.0, 0.5]), st.floats(0.0, 1.0, allow_subnormal=False))
 floors_above_zero = st.floats(1e-6, 1.0)

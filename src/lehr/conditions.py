@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Literal
 
 from lehr.duration import Duration
-from lehr.errors import ConditionError, nearest
+from lehr.errors import ConditionError, DurationError, nearest
 from lehr.untrusted import brief
 
 Kind = Literal["<", "<=", ">", ">=", "plateaus"]
@@ -83,7 +83,7 @@ class Condition:
                 metric, kind, limit = found.groups()
                 return cls(metric, kind, float(limit))  # type: ignore[arg-type]  # one of the four in the pattern
             if found := _LEVEL.fullmatch(text):
-                return cls(found[1], "plateaus", patience=Duration.parse(found[2].strip(), where="plateaus"))
+                return cls(found[1], "plateaus", patience=_patience(found[2].strip()))
         raise ConditionError(f"{brief(text)} is no condition; expected for example {_EXAMPLES}")
 
     @property
@@ -103,6 +103,13 @@ class Condition:
 
     def __repr__(self) -> str:
         return f'Condition.parse("{self}")'
+
+
+def _patience(text: str) -> Duration:
+    try:
+        return Duration.parse(text, where="plateaus")
+    except DurationError as error:
+        raise ConditionError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def _own_parts(stage: PlannedStage, index: int) -> str:
     parts = ", then ".join(
         f"{seg.part.shape.name} {_n(seg.stop - seg.start, 'update')}" for seg in stage.curves[index].segments
     )
-    which = "each batch" if turn.every == 1 else f"every {turn.every}th batch"
+    which = "each batch" if turn.every == 1 else f"one batch in {turn.every}"
     often = "" if turn.repeat == 1 else f", {turn.repeat} times"
     own = _n(turn.updates(stage.rounds_per_epoch), "update")
     return f"{parts}; on {which}{often}: {own} of the {stage.steps_per_epoch:,} steps of an epoch"

@@ -157,8 +157,8 @@ def _reduction(said: object) -> float | dict[str, float]:
 
 
 def _name(said: object) -> str:
-    if not isinstance(said, str) or not re.fullmatch(r"[A-Za-z]\w{0,30}", said, re.ASCII):
-        raise ValueError(f'{brief(said)}; expected a short word of letters, digits and "_", such as "d"')
+    if not isinstance(said, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9]{0,30}", said):
+        raise ValueError(f'{brief(said)}; expected a short word of letters and digits, such as "d"')
     return said
 
 

@@ -57,8 +57,8 @@ def draw_plan(plan: Plan, path: str | Path, *, before: Plan | None = None, at: i
     peak = max(rate for stage in plan.stages for rate in stage.peak_lr.values())
     axes.set_ylim(bottom=max(axes.get_ylim()[0], peak * _LOWEST))
     axes.grid(alpha=0.25)
-    for step, said in _marks(plan):
-        _draw_mark(axes, step / steps, step, said, height=0.12, dotted=True)
+    for number, (step, said) in enumerate(_marks(plan)):  # one above the other, for they may be near
+        _draw_mark(axes, step / steps, step, said, height=0.1 + 0.06 * (number % 6), dotted=True)
     if at is not None:
         _draw_mark(axes, at / steps, at, f"resumed at {at:,}")
     figure.suptitle(plan.model, fontsize=10, parse_math=False)

@@ -16,6 +16,7 @@ from lehr.planned_stage import Decision, PlannedStage
 from lehr.run.state import Gauge, Tally
 from lehr.run.update import Measure, Returned
 
+_MOST_WAITING = 1000  # numbers on the device
 _SHARES = ("error", "accuracy")
 
 
@@ -63,6 +64,8 @@ class Gate:
             self._waiting.append(
                 (measured[0] if len(measured) == 1 else torch.stack([*measured]).sum(), samples)
             )
+        if len(self._waiting) >= _MOST_WAITING:
+            self._read()
 
     def after_step(self, stage: PlannedStage, step: int) -> Decision | None:
         """What is decided after `step` updates of the run; nothing where no check is due."""
@@ -73,13 +76,11 @@ class Gate:
         self._sums["window"] = Tally()
         return self._judged(stage, step, value, at=step - stage.start)
 
-    def epoch_row(self) -> dict[str, float]:
-        """The metric over the epoch that has ended, where it is one that only this watches."""
-        condition = self._condition
-        if condition is None or not condition.of_training or condition.name.endswith("loss"):
-            return {}
+    def over_epoch(self) -> dict[str, float]:
+        """The metric over the epoch that has ended, where it is one of the training."""
         self._read()
-        return {condition.metric: self._mean("epoch")} if self._sums["epoch"].samples else {}
+        some = self._condition and self._sums["epoch"].samples
+        return {self._condition.metric: self._mean("epoch")} if self._condition and some else {}
 
     def after_epoch(
         self, stage: PlannedStage, step: int, row: Mapping[str, float], epoch: int
@@ -110,9 +111,9 @@ class Gate:
             condition, value, self._best, at=at, patience=int(condition.patience.amount), sign=self._sign,
             counts=stage.is_warm(step),
         )  # fmt: skip
-        if not met:
-            return None
         cools = stage.reduce < 1 and len(stage.cooled) < stage.reductions
+        if not met or (cools and step == stage.stop):  # where nothing is left to cool
+            return None
         return Decision(stage.index, step, "reduce" if cools else "end", value)
 
     def _mean(self, which: str) -> float:

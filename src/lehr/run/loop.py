@@ -267,7 +267,7 @@ def _trained(run: Training, judge: Judge | None, tell: Tell, saver: Saver | None
                         stop.check()
                         if saver:
                             saver.offer(run.step, epoch)
-                row = watch.finish() | run.measured()
+                row = {**watch.finish(), **run.measured()}
             if judge:
                 row |= judge(judged, stage=stage, tell=tell, check=stop.check)
                 if not math.isfinite(row["valid_loss"]):

@@ -169,7 +169,7 @@ class Training:
     def measured(self) -> dict[str, float]:
         """What the stage's `until` waits for, over the epoch that has ended."""
         assert self.gate is not None
-        return self.gate.epoch_row()
+        return self.gate.over_epoch()
 
     def epoch_done(self, row: Mapping[str, float]) -> Decision | None:
         """The epoch is done, with this row: what its stage's `until` decides on it."""
