@@ -134,7 +134,8 @@ def outcome(out: Path) -> dict[str, str]:
         "best.safetensors": sha256((out / "best.safetensors").read_bytes()).hexdigest(),
         "losses": repr([loss for e in events if isinstance(e, StepsTaken) for loss in e.losses]),
         "ends": repr(ends),
-        "state": repr((state.at, state.history, state.best, state.frozen, state.optimizer, state.scalers, state.gauge, state.decisions, state.random)),
+        "state": repr((state.at, state.history, state.best, state.frozen, state.optimizer, state.scalers)),
+        "decided": repr((state.gauge, state.decisions, state.random)),
         "result": out.with_suffix(".result").read_text(),
     }  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""What the documentation shows, works: every Python block of README.md and docs/*.md runs, every recipe in
-TOML loads.
+"""What the documentation shows, works: every Python block of README.md, README.zh.md and docs/**/*.md runs,
+every recipe in TOML loads.
 
 The Python blocks of a file run in order, in one namespace, in an empty directory. A block with a prompt
 (`>>>`) runs as a doctest. A block
@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from lehr.recipe import load_recipe
+from lehr.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"(?P<not_run><!-- not run: \S.*-->\n+)?^```(?P<kind>\w+)[^\n]*\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,

@@ -22,7 +22,8 @@ from lehr.curves import Schedule
 from lehr.data.images import FORMATS
 from lehr.data.transforms import AUGMENTS
 from lehr.planning import Plan, PlannedStage
-from lehr.recipe import recipe_from
+from lehr.recipe_file import recipe_from
+from lehr.recipe_values import optimizer_named
 from lehr.selection import ROLES, ModelFacts, ParameterFacts, select
 
 ROOT = Path(__file__).parent.parent
@@ -148,8 +149,9 @@ def test_recipe_page_optimizers_can_be_made() -> None:
     for row in rows:
         recipe = recipe_from({"stages": STAGES, **tomlkit.parse(_code(row[0])).unwrap()})
         made = lehr.optimizer(lehr.plan(recipe, net, samples=32), net)
-        assert type(made).__name__.lower() == recipe.optimizer_name
-        for key, value in recipe.optimizer_settings.items():
+        name, said = optimizer_named(recipe.optimizer)
+        assert type(made).__name__.lower() == name
+        for key, value in said.items():
             assert made.defaults[key] == (tuple(value) if isinstance(value, list) else value)
 
 

@@ -125,7 +125,12 @@ def test_save_and_load(tmp_path: Path) -> None:
     again = Plan.load(tmp_path / "plan.json")
     assert again == plan
     assert again.hash == plan.hash
-    assert (again.patience, again.objectives[""].clip_norm, again.monitor, again.model) == (math.inf, math.inf, "inf", "inf")
+    assert (again.patience, again.objectives[""].clip_norm, again.monitor, again.model) == (
+        math.inf,
+        math.inf,
+        "inf",
+        "inf",
+    )
     assert list(again) == list(plan)
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()

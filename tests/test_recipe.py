@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from lehr.duration import Duration
 from lehr.errors import RecipeError
 from lehr.recipe import Recipe, Stage
-from lehr.recipe_values import optimizer_named
 from lehr.recipe_file import load_recipe, overridden, recipe_from
+from lehr.recipe_values import optimizer_named
 from lehr.schedules import constant, cosine, linear, warmup
 from strategies import recipes
 

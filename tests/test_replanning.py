@@ -337,7 +337,10 @@ def test_what_an_extension_does_to_schedules() -> None:
     said = warmup("4 steps") >> constant(length="10%") >> cosine()
     recipe = Recipe([Stage("2 epochs", train="*", lr=0.1, schedule=said)])
     lengths = [
-        [segment.stop - segment.start for segment in resolve(r, NET, samples=320).stages[0].curves[0].segments]
+        [
+            segment.stop - segment.start
+            for segment in resolve(r, NET, samples=320).stages[0].curves[0].segments
+        ]
         for r in (recipe, extended(recipe, "2 epochs"))
     ]
     assert lengths == [[4, 2, 14], [4, 4, 32]]

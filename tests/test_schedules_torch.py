@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler as torch_lr
 
 from lehr.curves import Schedule
 from lehr.errors import ScheduleError
-from lehr.run.optimizer import torch_scheduler
+from lehr.run.torch_scheduler import torch_scheduler
 from lehr.schedules import (
     constant,
     cosine,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from lehr.bars import bar
     from lehr.duration import Duration
     from lehr.errors import (
         CheckpointError,
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
         WeightsError,
     )  # fmt: skip
     from lehr.planning import Plan, Step
-    from lehr.recipe import Recipe, Stage, load_recipe
+    from lehr.recipe import Objective, Recipe, Stage
+    from lehr.recipe_file import load_recipe
     from lehr.run.facts import inspect
     from lehr.run.freezing import freeze, thaw
     from lehr.run.loop import Result, fit
-    from lehr.run.optimizer import apply, optimizer, torch_scheduler
+    from lehr.run.optimizer import apply, optimizer
+    from lehr.run.param_groups import param_groups
     from lehr.run.reload import load
+    from lehr.run.torch_scheduler import torch_scheduler
     from lehr.schedules import (
         constant,
         cosine,
@@ -53,18 +57,22 @@ if TYPE_CHECKING:
     from lehr.selection import ModelFacts
 
 _HOME = {
+    "lehr.bars": ("bar",),
     "lehr.duration": ("Duration",),
     "lehr.errors": (
         "CheckpointError", "DataError", "FeedError", "LehrError", "ModelError", "NonFiniteError", "RecipeError", "RequestError",
         "RunError", "SelectionError", "WeightsError",
     ),
     "lehr.planning": ("Plan", "Step"),
-    "lehr.recipe": ("Recipe", "Stage", "load_recipe"),
+    "lehr.recipe": ("Objective", "Recipe", "Stage"),
+    "lehr.recipe_file": ("load_recipe",),
     "lehr.run.facts": ("inspect",),
     "lehr.run.freezing": ("freeze", "thaw"),
     "lehr.run.loop": ("Result", "fit"),
-    "lehr.run.optimizer": ("apply", "optimizer", "torch_scheduler"),
+    "lehr.run.optimizer": ("apply", "optimizer"),
+    "lehr.run.param_groups": ("param_groups",),
     "lehr.run.reload": ("load",),
+    "lehr.run.torch_scheduler": ("torch_scheduler",),
     "lehr.schedules": (
         "constant", "cosine", "exponential", "hold", "linear", "one_cycle", "polynomial", "restarts", "step_decay", "warmup",
     ),
@@ -72,10 +80,11 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "CheckpointError", "DataError", "Duration", "FeedError", "LehrError", "ModelError", "NonFiniteError", "Plan", "Recipe",
-    "RecipeError", "RequestError", "Result", "RunError", "SelectionError", "Stage", "Step", "WeightsError", "__version__", "apply",
-    "constant", "cosine", "exponential", "fit", "freeze", "hold", "inspect", "linear", "load", "load_recipe", "one_cycle", "optimizer",
-    "plan", "polynomial", "restarts", "step_decay", "thaw", "torch_scheduler", "warmup",
+    "CheckpointError", "DataError", "Duration", "FeedError", "LehrError", "ModelError", "NonFiniteError", "Objective", "Plan",
+    "Recipe", "RecipeError", "RequestError", "Result", "RunError", "SelectionError", "Stage", "Step", "WeightsError",
+    "__version__", "apply", "bar", "constant", "cosine", "exponential", "fit", "freeze", "hold", "inspect", "linear", "load",
+    "load_recipe", "one_cycle", "optimizer", "param_groups", "plan", "polynomial", "restarts", "step_decay", "thaw",
+    "torch_scheduler", "warmup",
 ]  # fmt: skip
 
 

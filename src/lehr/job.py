@@ -23,7 +23,8 @@ from lehr.defaults import default_augment, default_recipe
 from lehr.errors import CheckpointError, RecipeError, RequestError, RunError, nearest
 from lehr.plan_changes import plan_differences, rates_compared
 from lehr.planning import Plan
-from lehr.recipe import Recipe, Stage, load_recipe, overridden, recipe_from
+from lehr.recipe import Recipe, Stage
+from lehr.recipe_file import load_recipe, overridden, recipe_from
 from lehr.replanning import check_continuation, extended
 from lehr.report.picture import draw_plan
 from lehr.resolving import resolve
@@ -31,7 +32,7 @@ from lehr.run.checkpoint import CheckpointFolder
 from lehr.run.facts import inspect
 from lehr.run.folder import RunFolder
 from lehr.run.lock import is_held
-from lehr.run.models import DIGITS_NET, Made, check_fit, check_name, make_model
+from lehr.run.models import DIGITS_NET, Made, check_fit, check_name, has_weights, make_model
 from lehr.run.optimizer import optimizer
 from lehr.run.reload import CARD, Card, read_card
 from lehr.run.resuming import has_begun, nothing_good
@@ -41,12 +42,12 @@ from lehr.untrusted import read_bytes
 
 DEFAULT_MODEL = "mobilenetv3_large_100"
 _MEASURED = ("train_loss", "valid_accuracy", "valid_loss")
-_LISTING, _PICTURE = "data.json", "plan.png"
+_LISTING, PICTURE = "data.json", "plan.png"
 _LARGEST_LISTING = 2**30
 _BACK = "put it back from a copy, or begin a new run"
 _UNFETCHED = "weights: published, fetched by lehr fit"
 _OURS = (
-    CARD, _LISTING, _PICTURE, "journal.jsonl", "recipe.toml", "plan.json", "environment.json", "checkpoints", ".lock", "tensorboard",
+    CARD, _LISTING, PICTURE, "journal.jsonl", "recipe.toml", "plan.json", "environment.json", "checkpoints", ".lock", "tensorboard",
 )  # fmt: skip
 
 
@@ -117,6 +118,8 @@ def prepare(
     seed = said.seed if said else _seed_said(request.settings)
     name = request.model or (DIGITS_NET if request.data == "digits" else DEFAULT_MODEL)
     check_name(name)
+    if request.weights is None and not has_weights(name):
+        request = replace(request, pretrained=False)
     data = open_data(request.data, seed=seed, skip_bad=request.skip_bad, progress=progress)
     remote = name != DIGITS_NET and request.pretrained and request.weights is None
     if tell and remote and fetch:
@@ -248,7 +251,7 @@ def change(job: Job, folder: RunFolder) -> Change | None:
         )
     at = state.at
     check_continuation(was, job.plan, stage=at.stage, epoch=at.epoch, step=at.step)
-    return Change(was, job.plan, at.step, folder.path / _PICTURE)
+    return Change(was, job.plan, at.step, folder.path / PICTURE)
 
 
 def _no_run(folder: Path) -> str:
@@ -345,7 +348,7 @@ def new_run(job: Job, out: str | None) -> Iterator[RunFolder]:
     try:
         folder.write_json(CARD, card.to_json())
         folder.write_json(_LISTING, job.data.listing.to_json())
-        draw_plan(job.plan, folder.path / _PICTURE)
+        draw_plan(job.plan, folder.path / PICTURE)
         yield folder
     except BaseException as error:
         if is_held(folder.lock):  # by another process, which was faster: all that is there is its own

@@ -35,7 +35,7 @@ def job_options(command: F) -> F:
         click.option(
             "--model",
             metavar="NAME",
-            help="A timm model, torchvision/NAME, or digits_net.  [default: mobilenetv3_large_100]",
+            help="A timm model, torchvision/NAME, digits_net, or cifar_resnet110 (56, 44, 32, 20).  [default: mobilenetv3_large_100]",
         ),
         click.option(
             "--weights",

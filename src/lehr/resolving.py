@@ -254,6 +254,12 @@ def _notes(
     """
     notes = list(facts.understood)
     trained = {name for names in groups.values() for name in names}
+    thawed = [p.name for p in facts.parameters if p.name in trained and p.frozen_by_hand]
+    if thawed:
+        notes.append(
+            f"frozen by hand, and trained all the same, since a stage names it: {listed(thawed)}; to keep it frozen, take it "
+            f'out with a "!" in front: "!{thawed[0]}"'
+        )
     never = [p.name for p in facts.parameters if p.name not in trained and not p.frozen_by_hand]
     if never:
         notes.append(f"no stage trains {listed(never)} ({facts.count(never):,} scalars)")

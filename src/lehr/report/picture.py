@@ -101,7 +101,9 @@ def _draw_rates(axes: Axes, plan: Plan, before: Plan | None, at: int) -> None:
 
 def _draw_line(axes: Axes, rates: Array, start: int, stop: int, **how: Any) -> None:
     """The rates of the half-open steps [start, stop). Where there are none, the label is told all the same."""
-    own = start + np.flatnonzero(rates[start:stop])  # between them, in other objectives' turns, a group is frozen
+    own = start + np.flatnonzero(
+        rates[start:stop]
+    )  # between them, in other objectives' turns, a group is frozen
     steps = own[np.unique(np.linspace(0, len(own) - 1, _POINTS).astype(int))] if len(own) else own
     shown = rates[steps]
     marker = "." if 0 < len(steps) <= 20 else None  # a line through a single step is nothing

@@ -1,8 +1,9 @@
-"""Models by name, with what they were pretrained on: timm's, torchvision's, and lehr's own small one.
+"""Models by name, with what they were pretrained on: timm's, torchvision's, and lehr's own small ones.
 
 mobilenetv2_100            any name that timm knows
 torchvision/resnet18       any name that torchvision knows
 digits_net                 lehr's own, pretrained on the handwritten digits 0 to 4
+cifar_resnet110            lehr's own, without weights: the networks of He et al. 2015 for 32 x 32 images, also with 20, 32, 44, 56
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from torch import nn
 
 from lehr.data import Transform
 from lehr.errors import ModelError, nearest
+from lehr.run import cifar_resnet as cifar
 from lehr.run.digits_net import MEAN, STD, digits_net
 from lehr.run.facts import inspect
 from lehr.run.weights import State, load_weights, read_weights
 
 DIGITS_NET = "digits_net"
+_CIFAR = {f"cifar_resnet{depth}": depth for depth in cifar.DEPTHS}
+_OWN = (DIGITS_NET, *_CIFAR)
 _TORCHVISION = "torchvision/"
 _DIGITS_WEIGHTS = "digits_0to4.safetensors"
 _WITHOUT_SIDE_EXITS = {"aux_logits": False, "init_weights": True, "transform_input": True}
@@ -34,6 +38,7 @@ want the last of these.
 
 
 _NONE = "weights: none; every layer starts anew"
+_UNPUBLISHED = "weights: none are published for it; every layer starts anew"
 _PUBLISHED = "weights: published by timm; the head is new"
 
 
@@ -59,7 +64,7 @@ def make_model(
 
     Args:
         weights: a local file to load instead of the published weights.
-        pretrained: load the published weights, where no file is given.
+        pretrained: load the published weights, where no file is given and there are any (`has_weights`).
         channels: of the images: 1 or 3.
         size: the side of the square that the model sees, in pixels; the model's own by default.
 
@@ -71,6 +76,8 @@ def make_model(
     published = weights is None and pretrained
     if name == DIGITS_NET:
         made = _digits(classes, published)
+    elif name in _CIFAR:
+        made = _cifar(name, classes, channels)
     elif name.startswith(_TORCHVISION):
         made = _torchvision(name.removeprefix(_TORCHVISION), classes, published, channels)
     else:
@@ -85,9 +92,9 @@ def check_name(name: str) -> None:
     Raises:
         ModelError: with the nearest names.
     """
-    if name == DIGITS_NET:
+    if name in _OWN:
         return
-    import timm  # seconds, which lehr's own small one need not wait for
+    import timm  # seconds, which lehr's own small ones need not wait for
 
     if name.startswith(_TORCHVISION):
         own = name.removeprefix(_TORCHVISION)
@@ -95,11 +102,16 @@ def check_name(name: str) -> None:
             near = _near(own, _torchvision_names())
             raise ModelError(f"--model {name}: torchvision has no such classifier{near}")
     elif not timm.is_model(name):
-        known = [*timm.list_models(), *(f"{_TORCHVISION}{n}" for n in _torchvision_names()), DIGITS_NET]
+        known = [*timm.list_models(), *(f"{_TORCHVISION}{n}" for n in _torchvision_names()), *_OWN]
         raise ModelError(
             f"--model {name}: neither timm nor lehr has it{_near(name, known)} "
             f"torchvision's are written {_TORCHVISION}NAME"
         )
+
+
+def has_weights(name: str) -> bool:
+    """Whether a model of this name comes with weights; if not, it starts anew unless a file is given."""
+    return name not in _CIFAR
 
 
 def check_fit(made: Made, classes: int, name: str) -> None:
@@ -142,6 +154,13 @@ def _digits(classes: int, pretrained: bool) -> Made:
     path = files("lehr.data") / _DIGITS_WEIGHTS
     load_weights(net, read_weights(Path(str(path))), head=("head",), where=_DIGITS_WEIGHTS)
     return Made(net, transform, ("weights: pretrained on the digits 0 to 4; the head is new",))
+
+
+def _cifar(name: str, classes: int, channels: int) -> Made:
+    if channels != 3:
+        raise ModelError(f"--model {name}: takes colour images only; for grey ones name a timm model")
+    transform = Transform((cifar.SIDE, cifar.SIDE), cifar.SIDE, cifar.MEAN, cifar.STD)
+    return Made(cifar.cifar_resnet(_CIFAR[name], classes), transform, (_UNPUBLISHED,))
 
 
 def _timm(name: str, classes: int, pretrained: bool, channels: int) -> Made:

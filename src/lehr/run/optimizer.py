@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from lehr.curves import Curve
-from lehr.errors import ModelError, RecipeError, ScheduleError, nearest
+from lehr.errors import ModelError, RecipeError, nearest
 from lehr.planning import Plan, Step
 from lehr.run.facts import named
 from lehr.run.freezing import set_trainable
@@ -22,14 +20,20 @@ from lehr.run.freezing import set_trainable
 _NEEDS_CLOSURE = ("lbfgs",)
 
 
-def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
-    """The plan's optimizer over `model`, with one parameter group for each of `plan.groups`, in order.
+def optimizer(plan: Plan, model: nn.Module, objective: str | None = None) -> torch.optim.Optimizer:
+    """The plan's optimizer over `model`, with one parameter group for each of its groups, in order.
 
     Each group carries `name`, `param_names`, and the class's own settings; `lr` and `weight_decay` are those
     of step 0, and `lehr.apply` sets them for every step.
 
+    Args:
+        plan: what trains when, and how fast.
+        model: the model that the plan was made from.
+        objective: whose optimizer, where the plan has several (`plan.objectives`).
+
     Raises:
-        RecipeError: for an unknown optimizer or setting, or a weight decay that the optimizer does not have.
+        RecipeError: for an objective that the plan does not have, or several and none named; for an unknown optimizer
+            or setting, or a weight decay that the optimizer does not have.
         ModelError: where the model does not have the plan's parameters.
 
     Example:
@@ -42,9 +46,11 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         >>> [group["param_names"] for group in optimizer(plan, net).param_groups]
         [['0.weight', '0.bias']]
     """
-    cls: Any = _optimizer_class(plan.optimizer)
+    objective = _chosen(plan, objective)
+    planned, names = plan.objectives[objective], plan.groups_of(objective)
+    cls: Any = _optimizer_class(planned.optimizer)
     settings: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in plan.optimizer_settings.items()
+        k: tuple(v) if isinstance(v, list) else v for k, v in planned.optimizer_settings.items()
     }
     accepted = inspect.signature(cls).parameters
     for key in settings:
@@ -54,26 +60,25 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
                 f"optimizer: {cls.__name__} has no setting {key!r}{nearest(key, known)} "
                 f"It has: {', '.join(known)}"
             )
-    decays = any(decay for stage in plan.stages for decay in stage.weight_decay.values())
+    decays = any(stage.weight_decay[group] for stage in plan.stages for group in names)
     if decays and "weight_decay" not in accepted:
         raise RecipeError(
             f"optimizer: {cls.__name__} has no weight decay; say weight_decay = 0, or take another optimizer"
         )
     parameters = named(model)
-    missing = [name for names in plan.groups.values() for name in names if name not in parameters]
+    missing = [name for group in names for name in plan.groups[group] if name not in parameters]
     if missing:
         raise ModelError(
             f"the plan trains {missing[0]!r}, which this model does not have; make the plan from this model"
         )
-    first = plan[0]
     groups: list[dict[str, Any]] = [
         {
-            "params": [(name, parameters[name]) for name in names],
+            "params": [(name, parameters[name]) for name in plan.groups[group]],
             "name": group,
-            "lr": first.lr[group],
-            **({"weight_decay": first.weight_decay[group]} if "weight_decay" in accepted else {}),
+            "lr": float(plan.lr(group)[0]),
+            **({"weight_decay": plan.stages[0].weight_decay[group]} if "weight_decay" in accepted else {}),
         }
-        for group, names in plan.groups.items()
+        for group in names
     ]
     try:
         made: torch.optim.Optimizer = cls(groups, lr=1.0, **settings)
@@ -82,8 +87,24 @@ def optimizer(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     return made
 
 
+def _chosen(plan: Plan, objective: str | None) -> str:
+    """The objective that is meant; the only one where none is named."""
+    if objective is None and len(plan.objectives) == 1:
+        return next(iter(plan.objectives))
+    if objective is None or objective not in plan.objectives:
+        known = ", ".join(map(repr, plan.objectives))
+        said = "several objectives" if objective is None else f"no objective {objective!r}"
+        raise RecipeError(
+            f"optimizer: the plan has {said}; say whose optimizer it is to be, one of {known}: "
+            f"{{name: lehr.optimizer(plan, model, name) for name in plan.objectives}}"
+        )
+    return objective
+
+
 def apply(step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Make `model` and `optimizer` be as `step` says: what trains and what not, each group's rate and decay.
+
+    `optimizer` is that of the step's objective, where the plan has several.
 
     Idempotent and without history: `apply(plan[s], ...); apply(plan[t], ...)` leaves what `apply(plan[t],
     ...)` leaves. What a step does not train is frozen (`lehr.freeze`): no gradients, eval mode, whatever
@@ -104,33 +125,6 @@ def apply(step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
         group["lr"] = step.lr[name]
         if "weight_decay" in group:
             group["weight_decay"] = step.weight_decay[name]
-
-
-def torch_scheduler(optimizer: torch.optim.Optimizer, curve: Curve) -> LambdaLR:
-    """A torch `LRScheduler` that follows `curve`: each group's rate is its initial rate times `curve(t)`.
-
-    For use inside other trainers; a lehr plan needs none. Call its `step()` once for each update.
-
-    Raises:
-        ScheduleError: for a schedule that was not yet laid over its steps.
-
-    Example:
-        >>> from lehr.schedules import linear
-        >>> sgd = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=2.0)
-        >>> scheduler = torch_scheduler(sgd, linear(0.5).over(steps=2))
-        >>> sgd.step(); scheduler.step(); scheduler.get_last_lr()
-        [1.5]
-    """
-    if not isinstance(curve, Curve):
-        raise ScheduleError(
-            f"torch_scheduler: {curve!r} is no curve; lay a schedule over its steps first: "
-            "schedule.over(steps=...), with steps_per_epoch=... where a length is in epochs"
-        )
-
-    def factor(step: int) -> float:
-        return curve(step)
-
-    return LambdaLR(optimizer, factor)
 
 
 def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
