@@ -127,6 +127,9 @@ def _plain(default: Any) -> Any:
     return str(default) if isinstance(default, Schedule) else default
 
 
+GOES_WITH = {"every": {"until": "train_error < 0.8"}, "reduce": {"until": "valid_loss plateaus 3 epochs"}}
+
+
 def test_recipe_page_examples_are_understood() -> None:
     """Every example in the tables of keys is a value that a recipe or a stage takes."""
     page = _page("docs/recipe.md")
@@ -134,7 +137,9 @@ def test_recipe_page_examples_are_understood() -> None:
         recipe_from({"stages": STAGES, _code(row[0]): _value(_code(row[4]))})
     for row in _rows(_section(page, "## Stage keys")):
         for example in re.findall("`([^`]+)`", row[4]):
-            recipe_from({"stages": [{**STAGES[0], _code(row[0]): _value(example)}]})
+            key = _code(row[0])
+            usual = {k: v for k, v in STAGES[0].items() if key != "objectives" or k == "length"}
+            recipe_from({"stages": [{**usual, **GOES_WITH.get(key, {}), key: _value(example)}]})
 
 
 def _value(written: str) -> Any:
