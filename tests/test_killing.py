@@ -13,7 +13,7 @@ import torch
 
 import lehr
 from killing import Whole, differences, outcome, trial, warm_up, whole
-from lehr.events import Interrupted, RunEnded, StepsTaken
+from lehr.events import ConditionMet, Interrupted, RateReduced, RunEnded, StepsTaken
 from lehr.journal import effective, read_journal
 from lehr.run.checkpoint import CheckpointFolder
 from nursery import Nursery, nursery
@@ -214,3 +214,77 @@ def test_patience_and_the_best(place: Nursery, tmp_path: Path, nth: int) -> None
     _check(place, tmp_path, case, Stop("EpochEnded", nth))
     events = [record.event for record in read_journal(tmp_path / "whole" / "journal.jsonl")]
     assert [event.reason for event in events if isinstance(event, RunEnded)] == ["patience"]
+
+
+_DECIDING = (
+    lehr.Stage("6 epochs", train="head", lr=1e-2, until="train_loss < 99", every="4 steps"),
+    lehr.Stage("4 epochs", train="all", lr=0.5, until="train_loss plateaus 2 steps", every="2 steps", reduce={"by": 0.1, "times": 1}),
+    lehr.Stage("1 epoch", train="head", lr=1e-2),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deciding(place: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("deciding")
+    ended = _never_stopped(place, folder, Case(stages=_DECIDING))
+    events = [record.event for record in read_journal(folder / "whole" / "journal.jsonl")]
+    assert next((e.stage, e.step) for e in events if isinstance(e, ConditionMet)) == (0, 4)
+    assert [e.stage for e in events if isinstance(e, RateReduced)] == [1]
+    return ended
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        *(Stop("training", n) for n in (5, 6, 7, 8)),  # the windows of steps 2 to 4, in the last of which the gate opens
+        *(Stop("ConditionMet", n) for n in (0, 1)),
+        Stop("RateReduced"),
+        Stop("EpochEnded", 1),
+        Stop("StageEnded"),
+        Stop("training", 6, _ONCE),
+        Stop("ConditionMet", 0, _ONCE),
+        Stop("RateReduced", 0, _TERM),
+    ],
+    ids=lambda stop: f"{stop.at}-{stop.nth}-{stop.how[0]}",
+)  # fmt: skip
+@pytest.mark.parametrize("often", ["1 step", "3 steps", "1 hour"])
+def test_death_beside_a_decision(
+    place: Nursery, deciding: dict[str, str], tmp_path: Path, stop: Stop, often: str
+) -> None:
+    """A run that dies, or is stopped, just before or after its gate opens or its rates are reduced, decides the same once
+    more, and ends with the same bits, from whichever checkpoint it goes on.
+    """
+    case = Case(stages=_DECIDING, more={"checkpoint": often})
+    expected = {**deciding, "state": ""}
+    assert differences(expected, {**_stopped(place, tmp_path / "stopped", case, stop), "state": ""}) == []
+
+
+_TURNS = (
+    lehr.Stage(
+        "3 epochs",
+        objectives=[
+            lehr.Objective("a", train="head", lr=1e-2, repeat=2),
+            lehr.Objective("b", train=["0", "1"], lr=1e-2, every=2, optimizer="sgd"),
+        ],
+        until="train_a_loss < 99",
+        every="5 steps",
+    ),
+    lehr.Stage("1 epoch", objectives=[lehr.Objective("b", train=["0", "1"], lr=1e-2, optimizer="sgd")]),
+)
+
+
+@pytest.mark.parametrize("loader", [False, True], ids=["samples", "loader"])
+def test_turns(place: Nursery, tmp_path: Path, loader: bool) -> None:
+    """Objectives go on after death in any turn, and after Ctrl-C, from the last batch on which all had theirs; over a
+    shuffled loader of one's own with random samples as well.
+    """
+    case = Case(stages=_TURNS, loader=loader)
+    _check(
+        place,
+        tmp_path,
+        case,
+        Stop("training", 3),
+        Stop("training", 5, _ONCE),
+        Stop("EpochEnded"),
+        Stop("training", 1),
+    )

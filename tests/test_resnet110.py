@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import lehr
+from lehr.events import ConditionMet
+from lehr.journal import read_journal
 from lehr.planned_stage import Decision
 from lehr.run.cifar_resnet import cifar_resnet
 
@@ -172,6 +174,8 @@ def test_it_stops_and_goes_on_to_the_same_bits(
         pieces += 1
         assert pieces < 10
     assert pieces
+    told = [record.event for record in read_journal(tmp_path / "cut" / "journal.jsonl")]
+    assert any(isinstance(event, ConditionMet) for event in told)
     for name, tensor in whole.model.state_dict().items():
         assert result.model.state_dict()[name].equal(tensor), name
     assert [_unclocked(row) for row in result.history] == [_unclocked(row) for row in whole.history]

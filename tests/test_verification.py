@@ -28,6 +28,7 @@ from lehr.job import Job, Request, prepare
 from lehr.notation import read_schedule
 from lehr.recipe import Recipe, Stage
 from lehr.run.outcome import Outcome, differences, outcome
+from lehr.run.state import Decided, Gauge
 from lehr.shortening import Short, shortened
 from lehr.trials import Stop, Trial, Trials
 
@@ -222,7 +223,14 @@ def test_everything_that_is_compared_can_differ(found: Outcome) -> None:
     assert differences(found, replace(found, epochs=found.epochs[1:])) == ("the journal has 1 epochs, not 2",)
     state = found.state
     assert not differences(found, replace(found, state=replace(state, records=9, seconds=9.0, files={})))
-    for name, value in {"scaler": {"scale": 2.0}, "random": {}, "optimizer": {}, "history": ()}.items():
+    for name, value in {
+        "scalers": {"": {"scale": 2.0}},
+        "random": {},
+        "optimizer": {},
+        "history": (),
+        "gauge": Gauge("x"),
+        "decisions": (Decided(0, 1, "end", 0.5),),
+    }.items():
         other = replace(found, state=replace(state, **{name: value}))
         assert differences(found, other) == (f"the checkpoint's state: {name}",)
 

@@ -130,9 +130,11 @@ def run(case: Case, out: Path, stop: Stop | None = None) -> None:
     loss: Callable[..., Any] = (
         _Loss(stopper) if case.own_loss else lambda model, batch: _cross_entropy(model, batch, stopper)
     )
+    names = [objective.name for stage in case.stages for objective in stage.objectives]
     recipe = lehr.Recipe(case.stages, **{"batch_size": 4, "accumulate": 2, "ema": 0.9, **case.recipe})
     result = lehr.fit(
-        net, _loader(case, train) if case.loader else train, valid, recipe=recipe, loss=loss, out=out,
+        net, _loader(case, train) if case.loader else train, valid, recipe=recipe, out=out,
+        loss=dict.fromkeys(names, loss) if names else loss,
         observers=[stopper], device="cpu", head="3", resume="auto", **{"checkpoint": "1 step", **case.more},
     )  # fmt: skip
     leave(result, out)

@@ -169,7 +169,7 @@ _ABOUT = {
 _STAGES = (
     "The stages: how long (in epochs or steps), what trains (patterns; one with a ! takes away), and its "
     "peak rate, or one for each pattern. All else is frozen. A stage may have its own schedule, batch_size, accumulate, weight_decay, "
-    "layer_decay, restore_best."
+    'layer_decay, restore_best, and end on evidence: until = "train_error < 0.80".'
 )
 _MORE = (
     'More keys: ema = 0.999 (average of the weights), min_lr = 1e-6, patience = "5 epochs" (stop early), '
