@@ -232,7 +232,7 @@ def test_from_scratch_makes_the_same_updates() -> None:
     """The other network has the last stage's peak, batch and accumulation, and as many updates."""
     settings = ("stages.1.accumulate=2", "stages.1.batch_size=2", "lr_rule=linear")
     job = jobs.prepare(jobs.Request("digits", settings=settings), fetch=False)
-    _, recipe = jobs.from_scratch(job)
+    _, recipe = jobs.from_scratch(job, job.plan.total_steps)
     plan = resolve(recipe, job.facts, samples=len(job.data.listing.train))
     last = job.plan.stages[-1]
     assert (plan.stages[0].accumulate, plan.stages[0].batch_size) == (2, 2)

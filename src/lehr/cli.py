@@ -67,10 +67,10 @@ def fit(out: str | None, scratch: bool | None, **asked: Any) -> None:
     job = _prepared(_request(asked), fetch=True)
     with jobs.new_run(job, out) as folder:
         _say(f"{job.model_name} on {job.request.data}: {len(job.data.classes)} classes, run in {folder.path}")
-        best = _train(job, folder, said)
+        result = _train(job, folder, said)
     try:
         if scratch if scratch is not None else job.request.data == "digits":
-            _compare(job, best, said)
+            _compare(job, result, said)
     finally:  # the run is done, whatever becomes of the comparison
         _kept(job, folder)
 
@@ -158,7 +158,7 @@ def _check_every(said: dict[str, Any]) -> None:
 
 
 def _train(job: Job, folder: RunFolder, said: dict[str, Any], change: Change | None = None) -> Any:
-    """Train into `folder`, and say how to go on where it ends early; the best epoch's row."""
+    """Train into `folder`, and say how to go on where it ends early; the result of `fit`."""
     from lehr.errors import RequestError
     from lehr.events import Resumed
     from lehr.job import PICTURE
@@ -182,7 +182,7 @@ def _train(job: Job, folder: RunFolder, said: dict[str, Any], change: Change | N
             notes=job.notes,
             workers=_workers(job, said.get("workers")),
             **{key: said[key] for key in ("device", "precision", "checkpoint", "resume") if key in said},
-        ).best
+        )
     except RequestError:  # nothing was changed: another process trains there, say
         raise
     except KeyboardInterrupt:  # the last line is the one to copy
@@ -223,13 +223,14 @@ def _to_predict(job: Job) -> str:
     return _EXAMPLES if job.request.data == "digits" and Path(_EXAMPLES).is_dir() else "IMAGE..."
 
 
-def _compare(job: Job, best: Any, said: dict[str, Any]) -> None:
+def _compare(job: Job, result: Any, said: dict[str, Any]) -> None:
     """Train the same network from scratch for as many updates, and say by how much fine-tuning beats it."""
     from lehr.job import from_scratch
     from lehr.run.loop import fit as run_fit
 
-    _say(f"the same network from scratch, as many updates ({job.plan.total_steps:,}):")
-    made, recipe = from_scratch(job)
+    steps, best = result.plan.total_steps, result.best  # evidence may have made it shorter than it was planned
+    _say(f"the same network from scratch, as many updates ({steps:,}):")
+    made, recipe = from_scratch(job, steps)
     on = {key: said[key] for key in ("device", "precision") if key in said}
     workers = _workers(job, said.get("workers"))
     other = run_fit(made.module, *_halves(job), recipe=recipe, observers=[_bar()], workers=workers, **on).best

@@ -308,8 +308,8 @@ def _check_monitor(recipe: Recipe, data: Data) -> None:
         )
 
 
-def from_scratch(job: Job) -> tuple[Made, Recipe]:
-    """The same network with nothing learnt, and a recipe of as many updates that trains all of it."""
+def from_scratch(job: Job, steps: int) -> tuple[Made, Recipe]:
+    """The same network with nothing learnt, and a recipe of so many updates that trains all of it."""
     torch.manual_seed(job.recipe.seed)
     fresh = make_model(
         job.model_name,
@@ -320,7 +320,7 @@ def from_scratch(job: Job) -> tuple[Made, Recipe]:
     )
     last = job.plan.stages[-1]
     stage = Stage(
-        f"{job.plan.total_steps} steps",
+        f"{steps} steps",
         train="all",
         lr=max(last.peak_lr.values()),
         batch_size=last.batch_size,
