@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lehr import plan_json
 from lehr.errors import RecipeError
 from lehr.planned_stage import Decision, PlannedStage
 from lehr.planning import Plan
@@ -225,3 +227,37 @@ def test_until_metrics_of_objectives_have_a_name() -> None:
         RecipeError, match=r"stages\.0\.until: 'train_error' is of no objective; .*train_d_loss"
     ):
         resolve(Recipe([stage]), NET, samples=320)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s["turns"][0].update(repeat=2**30), "steps in an epoch, and its turns make"),
+        (lambda s: s.update(rounds_per_epoch=2**30, steps_per_epoch=2**30), "steps in an epoch that objectives share"),
+        (lambda s: s["turns"][0].update(objective=""), "an objective that the plan does not have"),
+        (lambda s: s["turns"][0].update(objective="x"), "an objective that the plan does not have"),
+        (lambda s: s.update(turns=s["turns"] * 100), "turns"),
+        (lambda s: s.update(until="x"), "no condition"),
+        (lambda s: s.update(cooled=[-1]), "cooled"),
+    ],
+)  # fmt: skip
+def test_a_file_with_turns_that_cannot_be_is_refused(change: Any, said: str, tmp_path: Any) -> None:
+    """A plan's file whose hash is right, and whose turns would take any amount of memory or mean nothing, is refused."""
+    plan = taking_turns([(1, 1)], 100)
+    plain = json.loads(json.dumps(plan.to_dict()).replace("Infinity", '"inf"'))
+    change(plain["stages"][0])
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"format": plan_json.FORMAT, "hash": plan_json.content_hash(plain), **plain}))
+    with pytest.raises(RecipeError, match=said):
+        Plan.load(path)
+
+
+def test_a_turn_without_a_name_has_no_company(tmp_path: Any) -> None:
+    """An ordinary stage of a plan's file whose one turn would repeat itself is refused."""
+    plain = json.loads(json.dumps(resolve(WAITING, NET, samples=320).to_dict()).replace("Infinity", '"inf"'))
+    stage = plain["stages"][0]
+    stage["turns"][0]["repeat"], stage["steps_per_epoch"] = 2, 2 * stage["steps_per_epoch"]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"format": plan_json.FORMAT, "hash": plan_json.content_hash(plain), **plain}))
+    with pytest.raises(RecipeError, match="one without a name is the only one"):
+        Plan.load(path)

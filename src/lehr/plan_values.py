@@ -144,15 +144,22 @@ def _check_stages(plan: _Plan) -> None:
             raise ValueError(f"{where}: does not begin where the stage before ends, or has no step")
         if stage.peak_lr.keys() != plan.groups.keys() or stage.weight_decay.keys() != plan.groups.keys():
             raise ValueError(f"{where}: not one rate and one decay for each group")
-        if not {turn.objective for turn in stage.turns} <= plan.objectives.keys():
-            raise ValueError(f"{where}.turns: an objective that the plan does not have")
-        updates = sum(-(-stage.rounds_per_epoch // turn.every) * turn.repeat for turn in stage.turns)
-        if updates != stage.steps_per_epoch or updates > MOST_STEPS:
-            raise ValueError(
-                f"{where}: {stage.steps_per_epoch} steps in an epoch, and its turns make {updates}"
-            )
-        turns = {turn.objective for turn in stage.turns}
-        if any(peak and plan.owners[group] not in turns for group, peak in stage.peak_lr.items()):
-            raise ValueError(f"{where}: a rate for a group that is no turn's")
+        _check_turns(stage, plan, where)
         step = stage.stop
         epoch += -(-(stage.stop - stage.start) // stage.steps_per_epoch)
+
+
+def _check_turns(stage: _Stage, plan: _Plan, where: str) -> None:
+    """They are of objectives that there are, make the steps of an epoch, and are all that has a rate."""
+    names = {turn.objective for turn in stage.turns}
+    if not names <= plan.objectives.keys():
+        raise ValueError(f"{where}.turns: an objective that the plan does not have")
+    if "" in names and any((turn.every, turn.repeat, len(stage.turns)) != (1, 1, 1) for turn in stage.turns):
+        raise ValueError(f"{where}.turns: one without a name is the only one, and has each round once")
+    updates = sum(-(-stage.rounds_per_epoch // turn.every) * turn.repeat for turn in stage.turns)
+    if updates != stage.steps_per_epoch:
+        raise ValueError(f"{where}: {stage.steps_per_epoch} steps in an epoch, and its turns make {updates}")
+    if updates > MOST_IN_TURNS and "" not in names:
+        raise ValueError(f"{where}: {updates} steps in an epoch that objectives share")
+    if any(peak and plan.owners[group] not in names for group, peak in stage.peak_lr.items()):
+        raise ValueError(f"{where}: a rate for a group that is no turn's")

@@ -108,7 +108,7 @@ def _length(stage: Stage, rounds: int, before: PlannedStage | None) -> _Length:
     index, start = (before.index + 1, before.stop) if before else (0, 0)
     turns = tuple(Turn(task.name, task.every, task.repeat, constant()) for task in tasks_of(stage))
     steps_per_epoch = steps_in_epoch(turns, rounds)
-    if len(turns) > 1 and steps_per_epoch > MOST_IN_TURNS:
+    if stage.objectives and steps_per_epoch > MOST_IN_TURNS:
         raise RecipeError(
             f"stages.{index}.objectives: {steps_per_epoch:,} updates in an epoch; objectives share "
             f"{MOST_IN_TURNS:,} at most, so make batches larger"
