@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import lehr
 from lehr.errors import RecipeError, RunError
@@ -320,3 +320,22 @@ def test_a_gate_of_an_objective() -> None:
     assert [d.step for d in result.plan.decisions] == [4]
     both = result.history[0]
     assert result.plan.decisions[0].value == pytest.approx(both["train_a_loss"])
+
+
+def test_workers_do_not_change_the_gate() -> None:
+    """An epoch that is cut in its middle, while other processes have loaded what follows, changes nothing: with two
+    workers the run ends with the bits of a run without.
+    """
+    found = [came_to(fit(None, recipe=gated(), train=_Samples(), workers=workers)) for workers in (0, 2)]
+    assert found[0] == found[1]
+
+
+class _Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The usual samples, but not as tensors in memory, with noise."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, target = data()[index]
+        return inputs + 0.1 * torch.randn(6), target

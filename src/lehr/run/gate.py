@@ -138,9 +138,8 @@ def _measure(condition: Condition, name: str) -> Measure:
         table = returned if isinstance(returned, Mapping) else {"loss": loss}
         if name in _SHARES and name not in table:
             right = _right(table, condition)
-            return (
-                (right if name == "accuracy" else ~right).flatten(1).double().mean(1).sum()
-            )  # a count, exactly
+            counted = right if name == "accuracy" else ~right
+            return _wide(counted.flatten(1)).mean(1).sum()  # of whole samples a count, exactly
         value = loss if name == "loss" else table.get(name)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             known = [key for key, one in table.items() if isinstance(one, torch.Tensor) and one.numel() == 1]
@@ -148,9 +147,14 @@ def _measure(condition: Condition, name: str) -> Measure:
                 f"until: nothing measures {condition.metric!r}{nearest(name, known)} The loss function returns "
                 f"{', '.join(known)}; let it return a dict with a scalar {name!r}, the mean over the batch"
             )
-        return value.detach().reshape(()).double() * samples
+        return _wide(value.detach().reshape(())) * samples
 
     return measure
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """In the widest floating point that the device has: MPS has no float64."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 def _right(table: Mapping[str, torch.Tensor], condition: Condition) -> torch.Tensor:
