@@ -94,7 +94,7 @@ def test_a_listing_comes_back_from_json_as_it_was(
     names: list[str], grey: bool, size: tuple[int, int] | None
 ) -> None:
     """Listings of files with any names go to JSON and come back equal."""
-    items = tuple(Item(f"c{name}/{name}", i, digest(name.encode())) for i, name in enumerate(names))
+    items = tuple(Item(f"class {name}/{name}", i, digest(name.encode())) for i, name in enumerate(names))
     was = replace(SMALL, classes=tuple(names), train=items, valid=(), channels=1 if grey else 3, size=size)
     assert Listing.from_json(json.loads(json.dumps(was.to_json()))) == was
 

@@ -542,3 +542,25 @@ def test_a_program_that_changes_its_directory(tmp_path: Path, monkeypatch: pytes
     assert world.on_disk() == 0
     assert best_of(world.run) == 1.0
     assert not world.saver.problem
+
+
+@pytest.mark.parametrize("when", ["before it starts", "while it starts"])
+def test_a_start_that_is_broken_off(world: World, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """torch tells of a worker that died in the middle of anything: where that is the start of the thread that writes, the
+    checkpoint is written all the same, once, and what follows as well.
+    """
+    begin = threading.Thread.start
+
+    def broken_off(thread: threading.Thread) -> None:
+        if when == "while it starts":
+            begin(thread)
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", broken_off)
+        world.step = 10
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            world.saver.save(10, 1)
+    world.save(20)
+    assert world.written() == [0, 10, 20]
+    assert world.on_disk() == 20

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lehr.cadence import Cadence, Moment
@@ -58,6 +58,7 @@ class _Writing:
     seconds: float = 0.0
     error: Exception | None = None
     thread: threading.Thread | None = None
+    claim: threading.Lock = field(default_factory=threading.Lock)  # who has it writes
 
     @property
     def done(self) -> bool:
@@ -204,8 +205,11 @@ class Saver:
 
     def _write(self, writing: _Writing, before: threading.Thread | None) -> None:
         """The thread's work: first the weights that the checkpoint refers to."""
+        if not writing.claim.acquire(blocking=False):
+            return
         if before:
-            before.join()
+            with suppress(RuntimeError):  # it did not come to start
+                before.join()
         began = self._clock()
         try:
             for epoch, weights in tuple(self._best.items()):
@@ -230,7 +234,14 @@ class Saver:
         while self._writings and not enough(self._writings[0]):
             writing = self._writings[0]
             assert writing.thread is not None
-            writing.thread.join()
+            try:
+                writing.thread.join()
+            except (
+                RuntimeError
+            ):  # torch tells of a worker that died in the middle of anything: of its start, too
+                self._write(writing, None)
+                with suppress(RuntimeError):
+                    writing.thread.join()
             del self._writings[0]
             self._tell_of(writing)
 
