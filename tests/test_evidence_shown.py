@@ -62,6 +62,8 @@ def test_the_bar_has_each_loss_by_its_name() -> None:
     epoch = EpochEnded(
         0, 0, 20, 0.9, {"train_d_loss": 0.7, "train_g_loss": 1.2}, {"d/all": 1e-3}, 1.0, 99.0, False
     )
+    later = Progressed(21, 0, 1, 20, 40, 0.9, {"d/all": 1e-3}, 99.0, {"d": 0.6, "g": 1.2})
+    assert "train_d_loss" not in drawn([RUN, stage, epoch, later], columns=140).rpartition("epoch 2")[2]
     line = drawn([RUN, stage, epoch], columns=140, mode="lines").splitlines()[-1]
     assert "train_d_loss=0.7000 train_g_loss=1.200" in line
     assert "train_loss" not in line

@@ -290,7 +290,8 @@ def headline_of(metrics: Mapping[str, float]) -> tuple[str, float] | None:
     """The one metric to show where there is room for one: the first of the validation that is no loss, or the next
     best.
     """
-    names = sorted(metrics, key=lambda name: ("loss" in name, not name.startswith("valid_")))
+    shown = [name for name in metrics if not is_objective_loss(name)]  # the bar has those of its own epoch
+    names = sorted(shown, key=lambda name: ("loss" in name, not name.startswith("valid_")))
     return (names[0], metrics[names[0]]) if names else None
 
 
