@@ -43,7 +43,7 @@ MISTAKES = [
     ("test_loss < 1", "'test_loss' is no metric"),
     ("train_ < 1", "'train_' is no metric"),
     ("train_error < 1e400", "inf is no limit; expected a finite number"),
-    ("valid_loss plateaus 3", 'has no unit; write "3 epochs", "3 steps"'),
+    ("valid_loss plateaus 3", '"plateaus 3" has no unit; write "plateaus 3 epochs"'),
     ("valid_loss plateaus 0 epochs", "for how long? Write epochs or steps"),
     ("valid_loss plateaus 10%", "for how long? Write epochs or steps"),
     ("valid_loss plateaus 1.5 epochs", "after whole epochs; write a whole number"),

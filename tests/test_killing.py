@@ -288,3 +288,18 @@ def test_turns(place: Nursery, tmp_path: Path, loader: bool) -> None:
         Stop("EpochEnded"),
         Stop("training", 1),
     )
+
+
+def test_rounds_that_are_nobodys(place: Nursery, tmp_path: Path) -> None:
+    """Over a shuffled loader of one's own with random samples, a run goes on to the same bits from beside a batch on which
+    no objective has its turn: such a batch is drawn when its time comes, not before.
+    """
+    turns = [
+        lehr.Objective("a", train="head", lr=1e-2, every=3),
+        lehr.Objective("b", train=["0", "1"], lr=1e-2, every=2),
+    ]
+    case = Case(stages=(lehr.Stage("4 epochs", objectives=turns),), loader=True, recipe={"accumulate": 1})
+    for nth in (0, 1, 2, 3):
+        folder = tmp_path / str(nth)
+        folder.mkdir()
+        _check(place, folder, case, Stop("training", nth, _ONCE), Stop("training", 1, _ONCE))

@@ -377,3 +377,81 @@ def test_turns_leave_what_settling_leaves(calls: list[str]) -> None:
     for ours, theirs in zip(quick.modules(), slow.modules(), strict=True):
         assert ours.__dict__.get("_lehr_by_hand") == theirs.__dict__.get("_lehr_by_hand")
         assert ("train" in ours.__dict__) == ("train" in theirs.__dict__)
+
+
+def test_a_check_without_a_turn_of_the_one_that_is_waited_for() -> None:
+    """Where no turn of the objective lies between two checks nothing is measured, and nothing is decided on it."""
+
+    def falling(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return g_loss(model, batch) * 0.0 + 10.0 / count
+
+    count = 0
+    how = recipe({"repeat": 4}, {"loss": falling})
+    stage = how.stages[0]
+    how = Recipe(
+        [Stage("3 epochs", objectives=stage.objectives, until="train_g_loss plateaus 3 steps", every="1 step")],
+        batch_size=8, seed=3, schedule=constant(),
+    )  # fmt: skip
+    result = adversaries.fit(recipe=how)
+    assert all(d.step % 5 == 4 or d.step % 5 == 0 for d in result.plan.decisions)
+    assert not any(d.value != d.value for d in result.plan.decisions)
+
+
+def test_the_average_goes_on_from_ordinary_stages() -> None:
+    """An average that has taken in many updates of ordinary stages is not begun anew by the first turn of an objective."""
+
+    counted: list[int] = []
+    from lehr.run import ema
+
+    usual = ema.Ema.update
+
+    def seen(self: Any, step: int, trained: Any = None) -> None:
+        counted.append(step)
+        usual(self, step, trained)
+
+    how = recipe()
+    how = Recipe([Stage("2 epochs", train="all", lr=0.01), how.stages[0]], batch_size=8, seed=3, ema=0.99)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ema.Ema, "update", seen)
+        adversaries.fit(recipe=how, loss={"": reconstruct_all, "d": d_loss, "g": g_loss})
+    assert counted[:10] == list(range(10))
+    assert counted[10:14] == [10, 10, 11, 11]
+
+
+def reconstruct_all(model: Any, batch: Any) -> torch.Tensor:
+    made = model.generator(batch[0][:, :3])
+    return ((made - batch[0]) ** 2).mean() + model.discriminator(made).mean() ** 2
+
+
+def test_gradients_that_validation_does_not_have() -> None:
+    """A loss function that wants gradients, such as a gradient penalty, is refused in validation with what to do."""
+
+    def penalised(model: Any, batch: Any) -> torch.Tensor:
+        inputs = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model.discriminator(inputs).sum(), inputs, create_graph=model.training)
+        return d_loss(model, batch) + (slope.norm(dim=1) - 1).pow(2).mean()
+
+    with pytest.raises(RunError, match=r"validation: the loss function wants gradients .* leave valid= out"):
+        lehr.fit(pair(), real(), real(9), recipe=recipe({"loss": penalised}), device="cpu")
+
+
+def test_scalars_of_objectives_are_validated() -> None:
+    """A further scalar of an objective's loss is validated by the objective's name and its own."""
+
+    def more(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        return {"loss": d_loss(model, batch), "two": torch.tensor(2.0)}
+
+    result = lehr.fit(pair(), real(), real(9), recipe=recipe({"loss": more}), device="cpu")
+    assert [row["valid_d_two"] for row in result.history] == [2.0] * 3
+
+
+def test_until_waits_for_objectives_of_its_own_stage() -> None:
+    """A condition on an objective that has no turn in the stage is refused before anything is trained."""
+    how = recipe()
+    first = Stage("1 epoch", train="generator", lr=0.01, until="train_d_loss < 0.1")
+    with pytest.raises(
+        RecipeError, match=r"stages\.0\.until: 'train_d_loss' is of an objective that has no turn"
+    ):
+        adversaries.fit(recipe=Recipe([first, how.stages[0]], batch_size=8))

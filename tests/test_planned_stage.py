@@ -239,6 +239,8 @@ def test_until_metrics_of_objectives_have_a_name() -> None:
         (lambda s: s.update(turns=s["turns"] * 100), "turns"),
         (lambda s: s.update(until="x"), "no condition"),
         (lambda s: s.update(cooled=[-1]), "cooled"),
+        (lambda s: s.update(cooled=[7, 5], reductions=9), "cooled: not rising"),
+        (lambda s: s.update(cooled=[5, 7], reductions=1), "cooled: not rising within the stage, or more often"),
     ],
 )  # fmt: skip
 def test_a_file_with_turns_that_cannot_be_is_refused(change: Any, said: str, tmp_path: Any) -> None:
@@ -261,3 +263,26 @@ def test_a_turn_without_a_name_has_no_company(tmp_path: Any) -> None:
     path.write_text(json.dumps({"format": plan_json.FORMAT, "hash": plan_json.content_hash(plain), **plain}))
     with pytest.raises(RecipeError, match="one without a name is the only one"):
         Plan.load(path)
+
+
+def test_a_file_with_a_decision_at_no_step_is_refused(tmp_path: Any) -> None:
+    """A decision of a stage that a plan's file does not have, or outside of it, is refused when it is read."""
+    plain = json.loads(json.dumps(resolve(WAITING, NET, samples=320).to_dict()).replace("Infinity", '"inf"'))
+    for stage, step in ((99, 5), (0, 0), (0, 51)):
+        plain["decisions"] = [{"stage": stage, "step": step, "kind": "end", "value": 0.5}]
+        path = tmp_path / "plan.json"
+        path.write_text(
+            json.dumps({"format": plan_json.FORMAT, "hash": plan_json.content_hash(plain), **plain})
+        )
+        with pytest.raises(RecipeError, match=r"decisions\.0: at no step of its stage"):
+            Plan.load(path)
+
+
+def test_rounds_that_are_nobodys_take_no_memory() -> None:
+    """The turns of an epoch take memory for the updates that there are, however many rounds are nobody's."""
+    (stage,) = taking_turns([(1, 1)], 100).stages
+    rare = replace(stage.turns[0], every=2**31 - 1)
+    huge = replace(
+        stage, rounds_per_epoch=2**31 - 1, steps_per_epoch=1, turns=(rare, rare), start=0, stop=1, span=1
+    )
+    assert huge.turn_at(0) == 0

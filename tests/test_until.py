@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
 import lehr
-from lehr.errors import RecipeError, RunError
+from lehr.errors import NonFiniteError, RecipeError, RunError
 from lehr.events import ConditionMet, EpochEnded, RateReduced, StageEnded, StepsTaken
 from lehr.planned_stage import Decision
 from lehr.recipe import Objective, Recipe, Stage
@@ -227,14 +228,14 @@ def test_a_metric_that_nothing_measures() -> None:
 def cooling(**said: Any) -> Recipe:
     """A plateau that cools, after a warm-up of an epoch: on a metric that never gets better."""
     stage = Stage(
-        "9 epochs", train="all", lr=0.05, until="valid_flat plateaus 2 epochs", schedule=warmup("3 steps") >> constant(), **said
+        "9 epochs", train="all", lr=0.05, until="valid_flat_loss plateaus 2 epochs", schedule=warmup("3 steps") >> constant(), **said
     )  # fmt: skip
     return Recipe([stage, Stage("1 epoch", train="head", lr=0.01)], batch_size=8, seed=3)
 
 
 def flat(_: int | None) -> Any:
     def loss(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        return {"loss": functional.cross_entropy(model(batch[0]), batch[1]), "flat": torch.ones(())}
+        return {"loss": functional.cross_entropy(model(batch[0]), batch[1]), "flat_loss": torch.ones(())}
 
     return loss
 
@@ -339,3 +340,44 @@ class _Samples(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, target = data()[index]
         return inputs + 0.1 * torch.randn(6), target
+
+
+def test_a_plateau_whose_direction_is_not_known() -> None:
+    """A plateau of a metric of which it is not known which way it goes is refused; a word in its name, or a torchmetric,
+    says so.
+    """
+    with pytest.raises(RecipeError, match=r"stages\.0\.until: is more or less of 'valid_mae' better\?"):
+        fit(None, recipe=gated("valid_mae plateaus 2 epochs", every=None))
+
+
+def test_a_nan_that_ends_a_stage_leaves_a_plan_that_can_be_kept(tmp_path: Path) -> None:
+    """A plateau may end on a value that is no number; the plan that followed still has a hash, and is read back."""
+
+    def loss(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {
+            "loss": functional.cross_entropy(model(batch[0]), batch[1]),
+            "odd_loss": torch.tensor(torch.nan),
+        }
+
+    result = fit(None, recipe=gated("train_odd_loss plateaus 2 epochs", every=None), loss=lambda _: loss)
+    assert result is not None
+    (decision,) = result.plan.decisions
+    assert math.isnan(decision.value)
+    result.plan.save(tmp_path / "plan.json")
+    assert lehr.Plan.load(tmp_path / "plan.json").hash == result.plan.hash
+
+
+def test_an_error_after_an_early_end_names_the_stage_that_it_is_in() -> None:
+    """After a stage that ended sooner, a loss that is not finite is told with the stage and rates of the plan that is
+    followed.
+    """
+    done = 0
+
+    def loss(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        nonlocal done
+        done += model.training
+        said = cross_entropy()(model, batch)
+        return {**said, "loss": said["loss"] * (torch.nan if done > 6 else 1.0)}  # type: ignore[call-overload]
+
+    with pytest.raises(NonFiniteError, match=r"at step 6 \(stage 2, 'all'; rates: "):
+        fit(None, recipe=gated("train_loss < 99"), loss=lambda _: loss)

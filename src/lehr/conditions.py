@@ -109,6 +109,8 @@ def _patience(text: str) -> Duration:
     try:
         return Duration.parse(text, where="plateaus")
     except DurationError as error:
+        if re.fullmatch(_NUMBER, text):
+            raise ConditionError(f'"plateaus {text}" has no unit; write "plateaus {text} epochs"') from None
         raise ConditionError(str(error)) from None
 
 

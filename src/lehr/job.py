@@ -37,11 +37,15 @@ from lehr.run.optimizer import optimizer
 from lehr.run.reload import CARD, Card, read_card
 from lehr.run.resuming import has_begun, nothing_good
 from lehr.run.state import DamageError
+from lehr.run.training import followed
 from lehr.selection import ModelFacts
 from lehr.untrusted import read_bytes
 
 DEFAULT_MODEL = "mobilenetv3_large_100"
 _MEASURED = ("train_loss", "valid_accuracy", "valid_loss")
+_WAITED_FOR = (
+    "train_loss", "train_error", "train_accuracy", "valid_loss", "valid_error", "valid_accuracy",
+)  # fmt: skip
 _LISTING, PICTURE = "data.json", "plan.png"
 _LARGEST_LISTING = 2**30
 _BACK = "put it back from a copy, or begin a new run"
@@ -140,10 +144,12 @@ def prepare(
     if recipe.augment is None:
         recipe = replace(recipe, augment=default_augment(min(made.transform.size)))
     _check_monitor(recipe, data)
+    _check_until(recipe, data)
     transform = replace(made.transform, augment=tuple(recipe.augment or ()))
     plan = resolve(recipe, facts, samples=len(data.listing.train))
     check_fit(made, len(data.classes), name)
-    optimizer(plan, made.module)  # a plan that could not be followed is refused as well
+    for objective in plan.objectives:
+        optimizer(plan, made.module, objective)  # a plan that could not be followed is refused as well
     return Job(request, name, data, made, facts, recipe, transform, plan)
 
 
@@ -204,6 +210,7 @@ def prepare_again(
     made = replace(made, transform=transform, notes=())
     facts = replace(inspect(made.module), name=card.model)
     _check_monitor(recipe, again)
+    _check_until(recipe, again)
     plan = resolve(recipe, facts, samples=len(was.train))
     request = Request(was.source if data is None else data, model=card.model, settings=tuple(settings))
     return Job(request, card.model, again, made, facts, recipe, transform, plan)
@@ -250,8 +257,9 @@ def change(job: Job, folder: RunFolder) -> Change | None:
             "as it was, or begin a new run"
         )
     at = state.at
-    check_continuation(was, job.plan, stage=at.stage, epoch=at.epoch, step=at.step)
-    return Change(was, job.plan, at.step, folder.path / PICTURE)
+    was, now = followed(was, state), followed(job.plan, state)  # what evidence has decided holds for both
+    check_continuation(was, now, stage=at.stage, epoch=at.epoch, step=at.step)
+    return Change(was, now, at.step, folder.path / PICTURE)
 
 
 def _no_run(folder: Path) -> str:
@@ -306,6 +314,19 @@ def _check_monitor(recipe: Recipe, data: Data) -> None:
             f"monitor: {recipe.monitor!r} is never measured, for no class has an image to spare to validate; "
             'say monitor = "train_loss", or leave out restore_best and patience'
         )
+
+
+def _check_until(recipe: Recipe, data: Data) -> None:
+    """Refuse a condition on what is never measured on the command line, where the loss is lehr's own."""
+    for index, stage in enumerate(recipe.stages):
+        if stage.until is None or stage.objectives:
+            continue
+        said, valid = stage.until.metric, data.listing.valid
+        known = [name for name in _WAITED_FOR if valid or not name.startswith("valid_")]
+        if said not in known:
+            raise RecipeError(
+                f"stages.{index}.until: {said!r} is not measured{nearest(said, known)} Known: {', '.join(known)}"
+            )
 
 
 def from_scratch(job: Job, steps: int) -> tuple[Made, Recipe]:

@@ -76,7 +76,7 @@ class _Decision:
     stage: _Count
     step: _Step
     kind: Literal["end", "reduce"]
-    value: float
+    value: float | Literal["nan", "inf", "-inf"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -117,6 +117,10 @@ def check_plan(plain: Mapping[str, Any]) -> None:
         raise ValueError(f"{place}: {brief(found['input'], 80)}: {found['msg'].lower()}") from None
     _check_objectives(plan)
     _check_stages(plan)
+    for number, decision in enumerate(plan.decisions):
+        stage = plan.stages[decision.stage] if decision.stage < len(plan.stages) else None
+        if stage is None or not stage.start < decision.step <= stage.stop:
+            raise ValueError(f"decisions.{number}: at no step of its stage")
     if not plan.parameters.keys() >= set(chain.from_iterable(plan.groups.values())):
         raise ValueError("groups: a parameter that the model does not have")
     if [len(said) for said in plan.said] != [len(stage.turns) for stage in plan.stages]:
@@ -145,6 +149,9 @@ def _check_stages(plan: _Plan) -> None:
         if stage.peak_lr.keys() != plan.groups.keys() or stage.weight_decay.keys() != plan.groups.keys():
             raise ValueError(f"{where}: not one rate and one decay for each group")
         _check_turns(stage, plan, where)
+        cooled = [stage.start, *stage.cooled, stage.stop]
+        if sorted(cooled) != cooled or len(stage.cooled) > stage.reductions:
+            raise ValueError(f"{where}.cooled: not rising within the stage, or more often than it may")
         step = stage.stop
         epoch += -(-(stage.stop - stage.start) // stage.steps_per_epoch)
 

@@ -194,8 +194,7 @@ class PlannedStage:
     @cached_property
     def _pattern(self) -> _Pattern:
         """The turns of one epoch. On each round the objectives follow each other in the order in which they stand."""
-        rounds = np.arange(self.rounds_per_epoch)
-        at = [np.repeat(rounds[rounds % t.every == 0], t.repeat) for t in self.turns]
+        at = [np.repeat(np.arange(0, self.rounds_per_epoch, t.every), t.repeat) for t in self.turns]
         turns = np.repeat(np.arange(len(self.turns)), [len(own) for own in at])
         together = np.concatenate(at)
         order = np.argsort(together, kind="stable")  # within a round, the turn that stands first

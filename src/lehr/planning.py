@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from lehr import plan_json
 from lehr.errors import RecipeError, SelectionError, nearest
 from lehr.notation import read_schedule
-from lehr.plan_text import plan_text
+from lehr.plan_text import decision_text, plan_text
 from lehr.plan_values import check_plan
 from lehr.planned_stage import Decision, PlannedStage, Turn
 from lehr.shapes import Array
@@ -171,11 +172,13 @@ class Plan:
         cools from there on. What came before the decision stays the same, to the bit.
 
         Raises:
-            RecipeError: for a place at which the stage has no such decision to make.
+            RecipeError: for a step that the stage does not have.
         """
         stage = self.stages[decision.stage] if 0 <= decision.stage < len(self.stages) else None
         if stage is None or not stage.start < decision.step <= stage.stop:
-            raise RecipeError(f"{decision}: the plan has no such place")
+            raise RecipeError(
+                f"{decision_text(decision)}, and the plan has no such place: make that stage as long as it was"
+            )
         if decision.kind == "reduce":
             changed = [replace(stage, cooled=(*stage.cooled, decision.step))]
         else:
@@ -228,7 +231,9 @@ class Plan:
             for stage in self.stages
         ]
         objectives = {name: _plain(objective) for name, objective in self.objectives.items()}
-        decisions = [_plain(decision) for decision in self.decisions]
+        decisions = [
+            {**_plain(d), "value": d.value if isfinite(d.value) else str(d.value)} for d in self.decisions
+        ]
         return {**plain, "stages": stages, "objectives": objectives, "decisions": decisions}
 
     @classmethod
@@ -239,7 +244,7 @@ class Plan:
             "groups": {group: tuple(names) for group, names in plain["groups"].items()},
             "objectives": {name: PlannedObjective(**said) for name, said in plain["objectives"].items()},
             "said": tuple(map(tuple, plain["said"])),
-            "decisions": tuple(Decision(**decision) for decision in plain["decisions"]),
+            "decisions": tuple(Decision(**{**d, "value": float(d["value"])}) for d in plain["decisions"]),
         }
         return cls(**{**plain, **read, "augment": tuple(plain["augment"]), "notes": tuple(plain["notes"])})
 

@@ -17,7 +17,7 @@ from typing import Any
 from lehr.curves import Part, Schedule
 from lehr.data.listing import Item, Listing
 from lehr.duration import Duration
-from lehr.errors import ScheduleError
+from lehr.errors import RecipeError, ScheduleError
 from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan, batches_in
 from lehr.recipe import Recipe, Stage
@@ -57,6 +57,11 @@ def shortened(recipe: Recipe, plan: Plan, facts: ModelFacts, listing: Listing) -
         facts: of the model.
         listing: all samples.
     """
+    if any(stage.objectives for stage in recipe.stages):
+        raise RecipeError(
+            "stages: objectives have loss functions, which only Python can give; such a run is trained with lehr.fit, "
+            "and stopped and resumed there"
+        )
     sizes = [stage.batch_size * stage.accumulate for stage in plan.stages]
     train = _few(listing.train, ceil(max(_STEPS_PER_EPOCH * min(sizes), _LEAST_PER_EPOCH * max(sizes))))
     batch = max(_VALIDATED, *(stage.batch_size for stage in plan.stages))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from lehr.errors import RecipeError
+from lehr.errors import LehrError, RecipeError
 from lehr.events import ConditionMet, Event, RateReduced
 from lehr.journal import effective, read_journal
 from lehr.planned_stage import Decision
@@ -24,9 +24,10 @@ class PlanPicture:
 
     def __init__(self, plan: Plan, path: Path, journal: Path) -> None:
         self._plan, self._path = plan, path
-        if journal.exists():
-            for record in effective(read_journal(journal, damaged="note").records):
-                self._follow(record.event)
+        with suppress(LehrError, OSError):  # a picture stops no run
+            if journal.exists():
+                for record in effective(read_journal(journal, damaged="note").records):
+                    self._follow(record.event)
 
     def __call__(self, event: Event) -> None:
         """Draw the picture anew where `event` is a decision."""

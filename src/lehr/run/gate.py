@@ -72,6 +72,10 @@ class Gate:
         if not stage.every or (step - stage.start) % stage.every:
             return None
         self._read()
+        if not self._sums[
+            "window"
+        ].samples:  # no turn of the objective that is waited for: the window stays open
+            return None
         value = self._mean("window")
         self._sums["window"] = Tally()
         return self._judged(stage, step, value, at=step - stage.start)

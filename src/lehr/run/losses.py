@@ -69,6 +69,10 @@ def judged_by(losses: Losses, said: LossSaid) -> Loss | None:
             returned: Returned = loss(model, batch)
             found.append(scalar_loss(returned))
             table[f"{name}_loss"] = found[-1]
+            if isinstance(returned, Mapping):
+                table |= {
+                    f"{name}_{k}": v for k, v in returned.items() if k not in ("loss", "outputs", "targets")
+                }
             if (
                 isinstance(returned, Mapping)
                 and "outputs" not in table

@@ -15,7 +15,7 @@ from lehr.recipe import Recipe
 from lehr.run.losses import Losses, LossSaid
 from lehr.run.sampler import Feed
 from lehr.run.update import is_builtin
-from lehr.run.validation import Metrics
+from lehr.run.validation import HIGHER_IS_BETTER, LOWER_IS_BETTER, Metrics, direction_is_known
 
 
 def check(
@@ -51,7 +51,10 @@ def check(
             f"There are: {', '.join(measured)}"
         )
     for stage in plan.stages:
-        _check_until(stage, validation, measured, losses[stage.index])
+        _check_until(
+            stage, validation, measured, losses[stage.index], [name for name in plan.objectives if name]
+        )
+        _check_direction(stage, metrics)
     if training.loader is None:
         return
     size = training.loader.batch_size
@@ -65,7 +68,11 @@ def check(
 
 
 def _check_until(
-    stage: PlannedStage, validation: Feed | None, measured: Sequence[str], losses: Losses
+    stage: PlannedStage,
+    validation: Feed | None,
+    measured: Sequence[str],
+    losses: Losses,
+    objectives: Sequence[str],
 ) -> None:
     """Refuse a condition of which it is known that nothing measures it. What a person's own loss function returns is
     seen when it is called.
@@ -78,16 +85,34 @@ def _check_until(
             f"stages.{stage.index}.until: there is no validation set, so {condition.metric!r} is never measured; "
             "pass valid=, or wait for a metric of the training"
         )
-    known = [
-        *measured,
-        "train_error",
-        "train_accuracy",
-        *(["valid_error"] if "valid_accuracy" in measured else []),
-    ]
+    own = [f"{turn.objective}_loss" for turn in stage.turns]
+    others = {
+        f"{half}_{name}_loss"
+        for half in ("train", "valid")
+        for name in objectives
+        if f"{name}_loss" not in own
+    }
+    if condition.metric in others:
+        raise RecipeError(
+            f"stages.{stage.index}.until: {condition.metric!r} is of an objective that has no turn in this stage"
+        )
+    known = [name for name in measured if name not in others]
+    known += ["train_error", "train_accuracy", *(["valid_error"] if "valid_accuracy" in measured else [])]
     if condition.metric not in known and all(is_builtin(loss) for loss in losses.values()):
         raise RecipeError(
             f"stages.{stage.index}.until: no metric is called {condition.metric!r}{nearest(condition.metric, known)} "
             f"There are: {', '.join(known)}"
+        )
+
+
+def _check_direction(stage: PlannedStage, metrics: Metrics | None) -> None:
+    """Refuse a plateau of a metric of which it is not known whether more or less of it is better."""
+    condition = stage.condition
+    if condition and condition.kind == "plateaus" and not direction_is_known(condition.metric, metrics):
+        raise RecipeError(
+            f"stages.{stage.index}.until: is more or less of {condition.metric!r} better? Let its name hold "
+            f"{' or '.join(LOWER_IS_BETTER)} (less), or {' or '.join(HIGHER_IS_BETTER)} (more), or give a torchmetric, "
+            "which says so itself"
         )
 
 

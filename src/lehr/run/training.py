@@ -116,8 +116,13 @@ class Training:
 
     def decide(self, decision: Decision) -> PlannedStage:
         """Follow the plan with one more decision from here on; the stage as it is now."""
-        self.plan = self.plan.decided(decision)
+        self._follow(self.plan.decided(decision))
         return self.plan.stages[self.stage]
+
+    def _follow(self, plan: Plan) -> None:
+        self.plan = plan
+        for update in self.updates.values():
+            update.plan = plan
 
     def audited(self, stage: PlannedStage) -> tuple[int, int, str]:
         """What the stage has kept frozen, now that it ends: parameters, buffers, and one digest of them all.
@@ -181,12 +186,12 @@ class Training:
         return any(d.stage == self.stage and d.kind == kind for d in self.plan.decisions)
 
     def _own_before(self, objective: str) -> int:
-        """The updates that an objective has made in the stages before this one."""
+        """The updates in the stages before this one that an objective has made, or an ordinary stage for all."""
         return sum(
             stage.own_updates(index, stage.steps)
             for stage in self.plan.stages[: self.stage]
             for index, turn in enumerate(stage.turns)
-            if turn.objective == objective
+            if turn.objective in (objective, "")
         )
 
     def _windows(self, stage: PlannedStage, start: int) -> Iterator[Window]:
@@ -196,7 +201,9 @@ class Training:
         if self.epoch_random is not None and self.step == start:  # saved when its first window had failed
             self._randomness.put(self.epoch_random)
         rewound = self._randomness.rewound(self.epoch_random)
-        first = stage.round_of(self.step)
+        first = (
+            stage.round_of(self.step - 1) + 1 if self.step > start else 0
+        )  # not yet the one that is nobody's
         windows = self.feed.windows(stage, self.epoch, first, rewound)
         return windows if stage.is_plain else _by_turns(stage, self.step, enumerate(windows, start=first))
 
@@ -247,7 +254,7 @@ class Training:
         """
         state = snapshot.state
         try:
-            self.plan = followed(self.made, state)
+            self._follow(followed(self.made, state))
         except RecipeError as error:
             raise CheckpointError(str(error)) from None
         if not _is_place(state.at, self.plan):

@@ -33,8 +33,8 @@ _MOST_TRIES = 40  # 2**40: from the largest useful scale to below 1
 class Update:
     """Does one update of `model` on a window of batches; returns the mean loss, detached, on the device.
 
-    `loss` is the loss function. `measure` finds a number in what that returns; `measured` then has it for each batch
-    of the last window.
+    `plan` is the one that is followed, and `loss` the loss function. `measure` finds a number in what that returns;
+    `measured` then has it for each batch of the last window.
 
     Raises:
         NonFiniteError: for a loss that is not finite (before the weights are touched, where reading it is
@@ -55,7 +55,7 @@ class Update:
         self.measure: Measure | None = None
         self.measured: list[torch.Tensor] = []
         self._model, self._optimizer = model, optimizer
-        self._plan, self._on = plan, on
+        self.plan, self._on = plan, on
         self._clip_norm = plan.objectives[objective].clip_norm
         # Looked up once: for the smallest networks these cost as much as a layer.
         self._reads, self._here = on.synchronous, on.device.type == "cpu"
@@ -103,7 +103,7 @@ class Update:
         batch, size = max(window, key=lambda pair: pair[1])
         fits = fitting(lambda part: self._backward([(part, size)], size, step), batch, size)
         self._optimizer.zero_grad(set_to_none=True)
-        stage = self._plan.stage_at(step)
+        stage = self.plan.stage_at(step)
         samples = stage.batch_size * stage.accumulate
         if fits is None:
             way = "try a smaller batch_size, and accumulate as many times more"
@@ -128,11 +128,11 @@ class Update:
                 returned = self.loss(self._model, here)
                 loss = scalar_loss(returned)
             if not loss.requires_grad:
-                raise RunError(_unreached(step, self._plan))
+                raise RunError(_unreached(step, self.plan))
             if self.measure:
                 self.measured.append(self.measure(returned, loss, size))
             if self._reads and not math.isfinite(loss.item()):
-                raise NonFiniteError(non_finite(f"the loss is {loss.item()}", step, self._plan))
+                raise NonFiniteError(non_finite(f"the loss is {loss.item()}", step, self.plan))
             if size != total:
                 loss = loss * (size / total)
             torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
@@ -161,7 +161,7 @@ class Update:
             undo()
         lowest = f"down to a scale of {scaler.get_scale():g}"
         what = f"the fp16 gradients overflowed {_MOST_TRIES} times in a row, {lowest},"
-        raise NonFiniteError(non_finite(what, step, self._plan))
+        raise NonFiniteError(non_finite(what, step, self.plan))
 
 
 def _unreached(step: int, plan: Plan) -> str:

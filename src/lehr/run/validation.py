@@ -20,7 +20,8 @@ from lehr.run.watch import REFRESH, Tell
 Metrics = Mapping[
     str, Any
 ]  # name -> torchmetrics.Metric; the package is slow to import and is not needed for the type
-_LOWER_IS_BETTER = ("loss", "error", "perplexity")
+LOWER_IS_BETTER = ("loss", "error", "perplexity")
+HIGHER_IS_BETTER = ("accuracy", "score")
 
 
 def validate(
@@ -63,7 +64,7 @@ def validate(
             for batch in feed.sequential(batch_size):
                 size = size_of(batch)
                 with on.autocast():
-                    returned = loss(model, placed(batch, on.device))
+                    returned = _called(loss, model, placed(batch, on.device))
                 total += scalar_loss(returned).to(total.dtype) * size
                 for name, value in _further(returned):
                     sums[name] = sums.get(name, torch.zeros_like(total)) + value.to(total.dtype) * size
@@ -83,6 +84,18 @@ def validate(
     return values
 
 
+def _called(loss: Loss, model: nn.Module, batch: Any) -> Any:
+    try:
+        return loss(model, batch)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise RunError(
+            f"validation: the loss function wants gradients ({error}), and there are none in validation; leave valid= out, "
+            "or let the function do without where torch.is_grad_enabled() is False"
+        ) from error
+
+
 def _further(returned: torch.Tensor | Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     """What a loss function measured besides its loss: the scalars in its dict."""
     table = returned if isinstance(returned, Mapping) else {}
@@ -100,7 +113,14 @@ def higher_is_better(monitor: str, metrics: Metrics | None) -> bool:
     metric = (metrics or {}).get(monitor.removeprefix("valid_"))
     if metric is not None and metric.higher_is_better is not None:
         return bool(metric.higher_is_better)
-    return not any(word in monitor for word in _LOWER_IS_BETTER)
+    return not any(word in monitor for word in LOWER_IS_BETTER)
+
+
+def direction_is_known(monitor: str, metrics: Metrics | None) -> bool:
+    """Whether it is known which way a metric goes: a torchmetric says so, or a word in its name."""
+    metric = (metrics or {}).get(monitor.removeprefix("valid_"))
+    told = metric is not None and metric.higher_is_better is not None
+    return told or any(word in monitor for word in (*LOWER_IS_BETTER, *HIGHER_IS_BETTER))
 
 
 def _number(value: Any, name: str) -> float:
