@@ -27,6 +27,8 @@ from PIL import Image
 from lehr import job as jobs
 from lehr.__main__ import main
 from lehr.errors import DataError, RequestError
+from lehr.events import ConditionMet, RunEnded
+from lehr.journal import read_journal
 from lehr.planning import Plan
 from lehr.recipe_file import load_recipe
 from lehr.resolving import resolve
@@ -693,3 +695,59 @@ def test_a_directory_that_another_run_has_taken_meanwhile_is_left_alone(
             opened(second.path, resume=False).__enter__()
         assert first.journal.exists()
         assert (first.path / "model.json").is_file()
+
+
+def test_a_longer_run_after_an_early_end(lehr: Lehr) -> None:
+    """A run in which a stage has ended on evidence is made longer from where it is: the rates that are shown are those of
+    the run as it went, and it ends as long as it is said.
+    """
+    said = lehr(
+        "fit", "digits", "--no-scratch", "--out", "run", "--set", "stages.0.length=10 epochs",
+        "--set", "stages.0.until=train_error < 0.99", "--set", "stages.1.length=2 epochs",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    (before,) = (
+        r.event for r in read_journal(Path("run/journal.jsonl")) if isinstance(r.event, ConditionMet)
+    )
+    assert before.total_steps < 10 * 6
+    said = lehr("resume", "run", "--extend", "1 epoch")
+    assert said.code == 0, said.err
+    assert re.search(rf"^ +step .*\n +{before.total_steps} ", said.err, re.MULTILINE)  # from where the run is
+    ends = [r.event for r in read_journal(Path("run/journal.jsonl")) if isinstance(r.event, RunEnded)]
+    assert [end.step for end in ends] == [before.total_steps, before.total_steps + 6]
+
+
+OBJECTIVES = """
+[[stages]]
+length = "2 epochs"
+[[stages.objectives]]
+name = "a"
+train = "head"
+lr = 1e-3
+[[stages.objectives]]
+name = "b"
+train = "backbone"
+lr = 1e-4
+"""
+
+
+def test_objectives_on_the_command_line(lehr: Lehr) -> None:
+    """A recipe with objectives is planned, and refused where it would be trained: functions cannot stand in a file."""
+    Path("two.toml").write_text(OBJECTIVES, encoding="utf-8")
+    said = lehr("plan", "digits", "--recipe", "two.toml")
+    assert said.code == 0, said.err
+    assert "a: head, b: backbone" in said.out
+    said = lehr("fit", "digits", "--recipe", "two.toml", "--out", "run")
+    assert said.code == 2
+    assert "stages.0.objectives: 'a' has no loss function; give it in Python" in said.err
+    assert not Path("run").exists()
+    said = lehr("verify", "two.toml", "--data", "digits")
+    assert said.code == 2
+    assert "objectives have loss functions, which only Python can give" in said.err
+
+
+def test_a_condition_that_nothing_measures(lehr: Lehr) -> None:
+    """A condition on what the command line does not measure is refused before it is planned, with the nearest name."""
+    said = lehr("plan", "digits", "--set", "stages.0.until=train_eror < 0.8")
+    assert said.code == 2
+    assert "stages.0.until: 'train_eror' is not measured; did you mean \"train_error\"" in said.err
