@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import lehr
 from adversaries import Pair, d_loss, g_loss, pair, real, recipe
 from lehr.errors import RecipeError, RequestError, RunError
 from lehr.events import EpochEnded, FreezeAudited, Progressed, StepsTaken
-from lehr.recipe import Recipe, Stage
+from lehr.recipe import Objective, Recipe, Stage
 from lehr.run.facts import named
 from lehr.run.freezing import freeze, set_trainable
 from lehr.run.optimizer import apply, optimizer
@@ -455,3 +456,51 @@ def test_until_waits_for_objectives_of_its_own_stage() -> None:
         RecipeError, match=r"stages\.0\.until: 'train_d_loss' is of an objective that has no turn"
     ):
         adversaries.fit(recipe=Recipe([first, how.stages[0]], batch_size=8))
+
+
+class Remembering(nn.Module):
+    """A loss with a state of its own."""
+
+    mean: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, model: Any, batch: Any) -> torch.Tensor:
+        loss = d_loss(model, batch)
+        self.mean.mul_(0.9).add_(0.1 * loss.detach())
+        return loss / self.mean.clone()
+
+
+def test_a_loss_with_a_state_in_each_stage(tmp_path: Path) -> None:
+    """Two loss functions with a state, of one objective in two stages, are both saved, and a stop in the first stage
+    changes nothing.
+    """
+
+    def two_stages() -> Recipe:
+        made = []
+        for _ in range(2):
+            d = Objective("d", Remembering(), train="discriminator", lr=0.02)
+            made.append(Stage("2 epochs", objectives=[d, Objective("g", g_loss, train="generator", lr=0.01)]))
+        return Recipe(made, batch_size=8, seed=3)
+
+    whole = adversaries.fit(tmp_path / "whole", recipe=two_stages())
+    how = two_stages()
+    stage = how.stages[0]
+    g = stage.objectives[1]
+    pressed = 0
+
+    def pressing(model: Any, batch: Any) -> torch.Tensor:
+        nonlocal pressed
+        pressed += 1
+        if pressed == 3:
+            signal.raise_signal(signal.SIGINT)
+        return g_loss(model, batch)
+
+    stopped = Recipe(
+        [replace(stage, objectives=[stage.objectives[0], replace(g, loss=pressing)]), how.stages[1]], batch_size=8, seed=3
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        adversaries.fit(tmp_path / "run", recipe=stopped)
+    assert came_to(adversaries.fit(tmp_path / "run", recipe=two_stages(), resume=True)) == came_to(whole)

@@ -286,3 +286,16 @@ def test_rounds_that_are_nobodys_take_no_memory() -> None:
         stage, rounds_per_epoch=2**31 - 1, steps_per_epoch=1, turns=(rare, rare), start=0, stop=1, span=1
     )
     assert huge.turn_at(0) == 0
+
+
+def test_the_runs_clock_knows_no_epochs_of_a_stage() -> None:
+    """A schedule that holds through epochs is refused on the run's clock, where these may begin anywhere; a check may be as
+    far apart as the stage is long where the one before ends at once.
+    """
+    first = Stage("50 steps", train="all", lr=0.1, until="train_error < 0.8")
+    second = Stage("60 steps", train="all", lr=0.1, clock="run", until="train_error < 0.1", every="40 steps")
+    assert resolve(Recipe([first, second]), NET, samples=320).stages[1].every == 40
+    with pytest.raises(
+        RecipeError, match=r"stages\.1\.schedule: cosine\(per=\"epoch\"\) holds through epochs"
+    ):
+        resolve(Recipe([first, replace(second, schedule=cosine(per="epoch"))]), NET, samples=320)

@@ -137,9 +137,9 @@ def _evidence(stage: Stage, length: _Length) -> dict[str, Any]:
             f"{where}.until: {until.metric!r} is of no objective; write whose it is, for example train_{named[0]}loss"
         )
     every = 0 if stage.every is None else Duration.parse(stage.every).steps()
-    if every > length.stop - length.start:
+    if every > length.span:
         raise RecipeError(
-            f"{where}.every: {every:,} steps, and the stage has {length.stop - length.start:,} at the most, so `until` "
+            f"{where}.every: {every:,} steps, and the stage has {length.span:,} at the most, so `until` "
             "would never be checked; write fewer"
         )
     if every and until.kind == "plateaus":
@@ -185,6 +185,11 @@ def _in_steps(recipe: Recipe, planned: PlannedStage) -> PlannedStage:
     stage, turns = recipe.stages[planned.index], []
     for index, (task, turn) in enumerate(zip(tasks_of(stage), planned.turns, strict=True)):
         schedule = task.schedule or stage.schedule or recipe.schedule
+        if planned.clock == "run" and any(part.per == "epoch" for part in schedule.parts):
+            raise RecipeError(
+                f"stages.{planned.index}.schedule: {schedule} holds through epochs, and where those of the stage begin is not "
+                'known on the run\'s clock; leave per="epoch" out, or clock = "run"'
+            )
         steps = planned.own_updates(index, planned.span)
         if not steps:
             raise RecipeError(

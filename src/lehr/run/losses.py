@@ -85,10 +85,13 @@ def judged_by(losses: Losses, said: LossSaid) -> Loss | None:
 
 
 def modules_of(losses: tuple[Losses, ...]) -> dict[str, nn.Module]:
-    """The loss functions that are modules, which may have a state, by the name that it is kept under."""
-    return {
-        f"loss.{name}" if name else "loss": loss
-        for of_stage in losses
-        for name, loss in of_stage.items()
-        if isinstance(loss, nn.Module)
-    }
+    """The loss functions that are modules, which may have a state, each once, by the name that it is kept under: another
+    one of the same objective in a later stage has the stage's number in it.
+    """
+    found: dict[str, nn.Module] = {}
+    for stage, of_stage in enumerate(losses):
+        for name, loss in of_stage.items():
+            if isinstance(loss, nn.Module) and not any(loss is known for known in found.values()):
+                key = f"loss.{name}" if name else "loss"
+                found[f"{key}.{stage}" if key in found else key] = loss
+    return found
