@@ -737,6 +737,7 @@ def test_objectives_on_the_command_line(lehr: Lehr) -> None:
     said = lehr("plan", "digits", "--recipe", "two.toml")
     assert said.code == 0, said.err
     assert "a: head, b: backbone" in said.out
+    assert said.err.splitlines()[-1].startswith("next: in Python, lehr.fit(")
     said = lehr("fit", "digits", "--recipe", "two.toml", "--out", "run")
     assert said.code == 2
     assert "stages.0.objectives: 'a' has no loss function; give it in Python" in said.err

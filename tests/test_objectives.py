@@ -504,3 +504,39 @@ def test_a_loss_with_a_state_in_each_stage(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         adversaries.fit(tmp_path / "run", recipe=stopped)
     assert came_to(adversaries.fit(tmp_path / "run", recipe=two_stages(), resume=True)) == came_to(whole)
+
+
+def cut_before_g(**said: Any) -> Recipe:
+    """Eleven steps: an epoch of ten, and one more, which is d's."""
+    stage = recipe().stages[0]
+    until = said.pop("until", None)
+    return Recipe([Stage("11 steps", objectives=stage.objectives, until=until)], batch_size=8, seed=3, **said)
+
+
+def test_an_epoch_without_a_turn_decides_nothing() -> None:
+    """In an epoch that is cut before the turn of the objective that is waited for, or watched, nothing is decided, and
+    it is not the best.
+    """
+    result = adversaries.fit(recipe=cut_before_g(until="train_g_loss < 0.0001"))
+    assert result.plan.decisions == ()
+    assert "train_g_loss" not in result.history[1]
+    result = lehr.fit(pair(), real(), real(9), recipe=cut_before_g(monitor="train_g_loss"), device="cpu")
+    assert [row["best"] for row in result.history] == [True, False]
+
+
+def test_the_loss_of_an_objective_may_say_which_is_best() -> None:
+    """Without validation an objective's training loss says which epoch is best, and when patience ends; where a stage does
+    not have that objective it is refused.
+    """
+    result = adversaries.fit(recipe=recipe(monitor="train_d_loss", patience="1 epoch", restore_best=True))
+    assert any(row["best"] for row in result.history)
+    losses = [row["train_d_loss"] for row in result.history]
+    assert result.best["train_d_loss"] == min(losses)
+    how = recipe()
+    mixed = Recipe(
+        [Stage("1 epoch", train="generator", lr=0.01), how.stages[0]], batch_size=8, monitor="train_d_loss"
+    )
+    with pytest.raises(
+        RecipeError, match=r"monitor: 'train_d_loss' is not measured in stage 1, where 'd' has no turn"
+    ):
+        adversaries.fit(recipe=mixed)

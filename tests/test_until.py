@@ -18,6 +18,7 @@ from lehr.errors import NonFiniteError, RecipeError, RunError
 from lehr.events import ConditionMet, EpochEnded, RateReduced, StageEnded, StepsTaken
 from lehr.planned_stage import Decision
 from lehr.recipe import Objective, Recipe, Stage
+from lehr.replanning import extended
 from lehr.run.update import cross_entropy
 from lehr.schedules import constant, warmup
 from small_run import came_to, data, events, fit, losses, net, presser
@@ -381,3 +382,35 @@ def test_an_error_after_an_early_end_names_the_stage_that_it_is_in() -> None:
 
     with pytest.raises(NonFiniteError, match=r"at step 6 \(stage 2, 'all'; rates: "):
         fit(None, recipe=gated("train_loss < 99"), loss=lambda _: loss)
+
+
+def test_what_evidence_has_ended_is_not_made_longer(tmp_path: Path) -> None:
+    """A run whose last stage has ended on evidence is not made longer, nor is its condition taken back: that would train
+    nothing, and say nothing; a stage after it goes on.
+    """
+    run = tmp_path / "run"
+    recipe = Recipe([Stage("9 epochs", train="all", lr=0.02, until="train_loss < 99")], batch_size=8, seed=3)
+    assert gate(fit(run, recipe=recipe)) == 3
+    before = (run / "recipe.toml").read_bytes()
+    free = Recipe([Stage("20 epochs", train="all", lr=0.02)], batch_size=8, seed=3)
+    for changed in (extended(recipe, "2 epochs"), free):
+        with pytest.raises(
+            RecipeError, match=r"stage 1 has ended on evidence, after step 3 \(train_loss < 99\.0\)"
+        ):
+            fit(run, recipe=changed, resume="changed")
+    assert (run / "recipe.toml").read_bytes() == before
+    more = Recipe([*recipe.stages, Stage("1 epoch", train="all", lr=0.01)], batch_size=8, seed=3)
+    result = fit(run, recipe=more, resume="changed")
+    assert result is not None
+    assert result.plan.total_steps == 6
+
+
+def test_what_has_cooled_keeps_its_factor(tmp_path: Path) -> None:
+    """A stage that has cooled goes on with the factor by which it did: another would change what is done."""
+    run = tmp_path / "run"
+    fit(run, recipe=cooling(reduce=0.1), loss=flat, stop=None)
+    other = cooling(reduce=0.5)
+    with pytest.raises(
+        RecipeError, match=r"stage 1 has cooled by 0\.1 already, 3 times; leave `reduce` as it was"
+    ):
+        fit(run, recipe=other, loss=flat, resume="changed")

@@ -278,6 +278,11 @@ def plan(as_json: bool, png: str | None, **asked: Any) -> None:
         click.echo("\n".join([str(job.plan), *(f"  - {note}" for note in job.notes)]))
     if png:
         _say(f"drew {png}")
+    if any(job.plan.objectives):  # names; their loss functions cannot stand in a file
+        _say(
+            'next: in Python, lehr.fit(model, data, recipe=lehr.load_recipe(FILE), loss={"NAME": function, ...})'
+        )
+        return
     _say(f"next: lehr fit {_again(job.request)}")
 
 

@@ -151,6 +151,7 @@ def _place(was: Plan, now: Plan, stage: int, epoch: int, step: int) -> Iterator[
                 "Leave its length, batch_size and accumulate, and the number of samples, as they were"
             )
             return
+    yield from _decided(was, now, stage)
     before, after = was.stages[stage], now.stages[stage]
     if step > before.start:
         changed = list(_begun(was, now, stage))
@@ -164,6 +165,22 @@ def _place(was: Plan, now: Plan, stage: int, epoch: int, step: int) -> Iterator[
             yield (
                 f"in the middle of epoch {epoch + 1}, the rest of which would come from another order: "
                 f"{name} {new:,}, was {old:,}; leave it as it was, or go on from the end of an epoch"
+            )
+
+
+def _decided(was: Plan, now: Plan, stage: int) -> Iterator[str]:
+    """What may not change, since evidence has decided on it: it would have no effect, or change what is done."""
+    for before, after in zip(was.stages[: stage + 1], now.stages[: stage + 1], strict=True):
+        ends = [d.step for d in was.decisions if d.kind == "end" and d.stage == before.index]
+        if ends and (before.span, before.until) != (after.span, after.until):
+            yield (
+                f"stage {before.index + 1} has ended on evidence, after step {ends[0]:,} ({before.until}), so another length or "
+                f"condition has no effect; leave them as they were, and write a stage after it, {_ANEW}"
+            )
+        if before.cooled and before.reduce != after.reduce:
+            yield (
+                f"stage {before.index + 1} has cooled by {before.reduce:g} already, {len(before.cooled)} times; leave `reduce` as "
+                "it was, or write a stage after it"
             )
 
 

@@ -81,6 +81,8 @@ class Best:
         """
         if not self._monitor:
             return False
+        if self._monitor not in row and self._monitor.startswith("train_"):
+            return False  # an objective that had no turn, in an epoch that was cut
         if self._monitor not in row:
             raise RunError(
                 f"monitor: no metric is called {self._monitor!r}{nearest(self._monitor, row)} "

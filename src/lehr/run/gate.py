@@ -72,9 +72,7 @@ class Gate:
         if not stage.every or (step - stage.start) % stage.every:
             return None
         self._read()
-        if not self._sums[
-            "window"
-        ].samples:  # no turn of the objective that is waited for: the window stays open
+        if not self._sums["window"].samples:  # the objective had no turn: the window stays open
             return None
         value = self._mean("window")
         self._sums["window"] = Tally()
@@ -95,16 +93,18 @@ class Gate:
             RunError: where nothing measures the metric.
         """
         self._read()
+        samples = self._sums["epoch"].samples
         self._sums["epoch"] = Tally()
         condition = self._condition
-        if condition is None or stage.every:
-            return None
+        if condition is None or stage.every or (condition.of_training and not samples):
+            return None  # where nothing was collected, the objective had no turn in an epoch that was cut
         known = {**row, **({"valid_error": 1 - row["valid_accuracy"]} if "valid_accuracy" in row else {})}
         if condition.metric not in known:
             measured = [name for name in known if name.startswith(("train_", "valid_"))]
             raise RunError(
                 f"until: no metric is called {condition.metric!r}{nearest(condition.metric, measured)} "
-                f"There are: {', '.join(measured)}"
+                f"There are: {', '.join(measured)}. Let the loss function return a dict with it, or, for accuracy and error, "
+                "with the outputs and targets"
             )
         return self._judged(stage, step, known[condition.metric], at=epoch - stage.first_epoch + 1)
 

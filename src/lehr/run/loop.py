@@ -161,7 +161,7 @@ def fit(
         model.to(memory_format=torch.channels_last)
         notes = (*notes, _CHANNELS_LAST)
     optimizers = {name: optimizer(plan, model, name) for name in plan.objectives}
-    monitor = plan.monitor if validation or plan.monitor == "train_loss" else ""
+    monitor = plan.monitor if validation or plan.monitor.startswith("train_") else ""
     run = Training(
         made=plan, model=model, optimizers=optimizers, losses=losses, feed=training, on=on,
         updates={name: Update(model, one, plan=plan, on=on, objective=name) for name, one in optimizers.items()},

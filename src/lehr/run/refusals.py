@@ -32,7 +32,7 @@ def check(
         )
     restores = any(stage.restore_best for stage in plan.stages)
     needs = "restore_best" if restores else "patience" if plan.patience < math.inf else ""
-    if needs and validation is None and plan.monitor != "train_loss":
+    if needs and validation is None and not plan.monitor.startswith("train_"):
         raise RecipeError(
             f"{needs}: there is no validation set, so {plan.monitor!r} is never measured; "
             'pass valid=, or monitor="train_loss"'
@@ -50,6 +50,7 @@ def check(
             f"monitor: no metric is called {plan.monitor!r}{nearest(plan.monitor, measured)} "
             f"There are: {', '.join(measured)}"
         )
+    _check_monitor(plan)
     for stage in plan.stages:
         _check_until(
             stage, validation, measured, losses[stage.index], [name for name in plan.objectives if name]
@@ -65,6 +66,19 @@ def check(
                 f"the DataLoader makes batches of {size}; "
                 f"say batch_size={size} in the recipe, or pass the data set and let lehr make the batches"
             )
+
+
+def _check_monitor(plan: Plan) -> None:
+    """Refuse to call best by the loss of an objective that some stage does not have."""
+    whose = next(
+        (n for n in plan.objectives if n and plan.monitor in (f"train_{n}_loss", f"valid_{n}_loss")), None
+    )
+    without = [s.index + 1 for s in plan.stages if whose not in {turn.objective for turn in s.turns}]
+    if whose and without:
+        raise RecipeError(
+            f"monitor: {plan.monitor!r} is not measured in stage {without[0]}, where {whose!r} has no turn; "
+            'say monitor = "train_loss", or "valid_loss", which every stage has'
+        )
 
 
 def _check_until(
