@@ -141,6 +141,8 @@ def test_decisions_are_an_input_of_the_plan(tmp_path: Any) -> None:
     assert Plan.load(tmp_path / "plan.json") == after
     assert list(Plan.load(tmp_path / "plan.json")) == list(after)
     assert "decided: stage 1 ended after step 35, at 0.79" in str(after)
+    assert "70 steps at the most; " in str(plan)
+    assert "55 steps; " in str(after)  # nothing is open any more
 
 
 @pytest.mark.parametrize("bad", [(0, 0), (0, 51), (1, 50), (2, 60), (-1, 5)])

@@ -284,14 +284,28 @@ def test_cooling_goes_on_after_a_stop(stop: int, tmp_path: Path) -> None:
     assert came_to(fit(tmp_path / "run", recipe=recipe, resume=True, loss=flat)) == came_to(whole)
 
 
-def test_the_best_weights_of_a_stage_that_ended_sooner() -> None:
-    """`restore_best` goes on from the best weights of a stage that ended on evidence."""
-    result = fit(None, recipe=gated(restore_best=True))
+def test_the_best_weights_of_a_stage_that_ended_sooner(tmp_path: Path) -> None:
+    """A stage that a plateau has ended goes on from its best weights, which are not its last: those of the epoch that is
+    told, to the bit.
+    """
+    run = tmp_path / "run"
+    stages = [
+        Stage("20 epochs", train="all", lr=0.5, until="valid_loss plateaus 3 epochs", restore_best=True),
+        Stage("1 step", train="head", lr=1e-12),
+    ]
+    result = fit(
+        run, recipe=Recipe(stages, batch_size=8, seed=3), checkpoint={"every": "1 epoch", "keep_best": 1}
+    )
     assert result is not None
     of_first = [row for row in result.history if row["stage"] == 0]
+    assert len(of_first) < 20
     best = min(of_first, key=lambda row: row["valid_loss"])
-    assert result.history[len(of_first)]["epoch"] == len(of_first)
-    assert best["valid_loss"] <= of_first[-1]["valid_loss"]
+    ended = next(e for e in events(run) if isinstance(e, StageEnded))
+    assert (ended.reason, ended.restored_epoch) == ("until", best["epoch"])
+    assert best["epoch"] == len(of_first) - 4
+    assert result.history[-1]["valid_loss"] == pytest.approx(
+        best["valid_loss"], rel=1e-6
+    )  # what a step of 1e-12 leaves
 
 
 def test_a_later_condition_may_be_changed(tmp_path: Path) -> None:

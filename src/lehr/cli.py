@@ -228,10 +228,7 @@ def _compare(job: Job, result: Any, said: dict[str, Any]) -> None:
     from lehr.job import from_scratch
     from lehr.run.loop import fit as run_fit
 
-    steps, best = (
-        result.plan.total_steps,
-        result.best,
-    )  # evidence may have made it shorter than it was planned
+    best, steps = result.best, result.plan.total_steps  # fewer than planned, where evidence ended a stage
     _say(f"the same network from scratch, as many updates ({steps:,}):")
     made, recipe = from_scratch(job, steps)
     on = {key: said[key] for key in ("device", "precision") if key in said}

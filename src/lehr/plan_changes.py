@@ -289,7 +289,7 @@ def _evidence(before: PlannedStage, after: PlannedStage) -> Iterator[str]:
     """What ends or cools the stage on evidence."""
     for key in ("until", "every", "reduce", "reductions", "clock"):
         old, new = getattr(before, key), getattr(after, key)
-        endless = all(stage.reductions >= stage.stop for stage in (before, after))
+        endless = not (before.may_end_sooner or after.may_end_sooner)
         if old != new and (key != "reductions" or not (endless or before.reduce != after.reduce)):
             yield f"{key} {new or 'none'}, was {old or 'none'}"
 

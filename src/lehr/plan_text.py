@@ -19,7 +19,7 @@ def plan_text(plan: Plan) -> str:
     head = [
         f"lehr plan: {plan.model}, {total:,} parameters, {plan.samples:,} training samples",
         f"{_n(len(plan.stages), 'stage')}, {_n(plan.total_epochs, 'epoch')}, {_n(plan.total_steps, 'step')}"
-        f"{' at the most' if any(_may_end_sooner(stage) for stage in plan.stages) else ''}; "
+        f"{' at the most' if any(_is_open(plan, stage) for stage in plan.stages) else ''}; "
         f"{_optimizers(plan)}; seed {plan.seed}; hash {plan.hash[:12]}",
     ]
     blocks = [
@@ -48,9 +48,10 @@ def _optimizers(plan: Plan) -> str:
     )
 
 
-def _may_end_sooner(stage: PlannedStage) -> bool:
-    """Whether a stage may still end before its length."""
-    return bool(stage.until) and stage.reductions < stage.stop and len(stage.cooled) <= stage.reductions
+def _is_open(plan: Plan, stage: PlannedStage) -> bool:
+    """Whether evidence may still end a stage before its length."""
+    ended = any(d.kind == "end" and d.stage == stage.index for d in plan.decisions)
+    return stage.may_end_sooner and not ended
 
 
 def _evidence(plan: Plan) -> str:
@@ -65,10 +66,10 @@ def _evidence(plan: Plan) -> str:
         what = f"ends when {stage.until}"
         if stage.reduce < 1:
             what = f"rates times {stage.reduce:g} when {stage.until}"
-            if stage.reductions < stage.stop:
+            if stage.may_end_sooner:
                 what += f", {_n(stage.reductions, 'time')}; ends when it does so again"
-        latest = f"at the latest at step {stage.stop:,}"
-        lines.append(f"  {stage.index + 1}  {what} ({often}); {latest}; what follows begins then")
+        at_latest = "at the latest at" if _is_open(plan, stage) else "until"
+        lines.append(f"  {stage.index + 1}  {what} ({often}); {at_latest} step {stage.stop:,}")
     lines += [f"     decided: {decision_text(plan.decisions[k])}" for k in range(len(plan.decisions))]
     return "\n".join(["Ends on evidence", *lines]) if lines else ""
 

@@ -118,6 +118,11 @@ class PlannedStage:
         """Whether each step is a round of its own, with one update."""
         return len(self.turns) == 1 and self.turns[0].every == self.turns[0].repeat == 1
 
+    @property
+    def may_end_sooner(self) -> bool:
+        """Whether evidence can end it before its length; a stage whose plateaus cool it without end goes on."""
+        return bool(self.until) and self.reductions < self.stop
+
     def epoch_ranges(self) -> Iterator[tuple[int, int, int]]:
         """Each epoch with its half-open range of steps: (epoch, start, stop)."""
         for k in range(self.epochs):

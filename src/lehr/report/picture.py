@@ -101,9 +101,7 @@ def _draw_rates(axes: Axes, plan: Plan, before: Plan | None, at: int) -> None:
 
 def _draw_line(axes: Axes, rates: Array, start: int, stop: int, **how: Any) -> None:
     """The rates of the half-open steps [start, stop). Where there are none, the label is told all the same."""
-    own = start + np.flatnonzero(
-        rates[start:stop]
-    )  # between them, in other objectives' turns, a group is frozen
+    own = start + np.flatnonzero(rates[start:stop])  # in the turns of other objectives a group is frozen
     steps = own[np.unique(np.linspace(0, len(own) - 1, _POINTS).astype(int))] if len(own) else own
     shown = rates[steps]
     marker = "." if 0 < len(steps) <= 20 else None  # a line through a single step is nothing
@@ -120,8 +118,7 @@ def _marks(plan: Plan) -> list[tuple[int, str]]:
         marks.append((decision.step, f"{what}{until}, at {decision.step:,}"))
     for stage in plan.stages:
         if stage.until and stage.index not in ended:
-            # Where there is a reduction without a number of times, the stage never ends before its length.
-            ends = stage.reduce == 1 or stage.reductions < stage.stop
+            ends = stage.may_end_sooner
             what = f"when {stage.until}" if ends else f"rates x {stage.reduce:g} when {stage.until}"
             marks.append((stage.stop, f"{what}{', at the latest here' if ends else ', until here'}"))
     return marks

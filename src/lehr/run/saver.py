@@ -236,9 +236,7 @@ class Saver:
             assert writing.thread is not None
             try:
                 writing.thread.join()
-            except (
-                RuntimeError
-            ):  # torch tells of a worker that died in the middle of anything: of its start, too
+            except RuntimeError:  # torch had told of a dead worker in the middle of its start
                 self._write(writing, None)
                 with suppress(RuntimeError):
                     writing.thread.join()

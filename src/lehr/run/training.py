@@ -201,9 +201,8 @@ class Training:
         if self.epoch_random is not None and self.step == start:  # saved when its first window had failed
             self._randomness.put(self.epoch_random)
         rewound = self._randomness.rewound(self.epoch_random)
-        first = (
-            stage.round_of(self.step - 1) + 1 if self.step > start else 0
-        )  # not yet the one that is nobody's
+        # After the last round that was drawn: one that is nobody's is drawn when its time comes.
+        first = stage.round_of(self.step - 1) + 1 if self.step > start else 0
         windows = self.feed.windows(stage, self.epoch, first, rewound)
         return windows if stage.is_plain else _by_turns(stage, self.step, enumerate(windows, start=first))
 
