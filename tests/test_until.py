@@ -286,7 +286,7 @@ def test_cooling_goes_on_after_a_stop(stop: int, tmp_path: Path) -> None:
 
 def test_the_best_weights_of_a_stage_that_ended_sooner(tmp_path: Path) -> None:
     """A stage that a plateau has ended goes on from its best weights, which are not its last: those of the epoch that is
-    told, to the bit.
+    told.
     """
     run = tmp_path / "run"
     stages = [
