@@ -23,7 +23,9 @@ from lehr.events import (
     CheckpointWritten,
     EpochEnded,
     Event,
+    CacheClosed,
     FreezeAudited,
+    PrefixCached,
     Interrupted,
     Note,
     Progressed,
@@ -56,16 +58,18 @@ ALL = StageStarted(1, "all", 2, 4, 1, 1, 24490, 24490, {"head": 1e-3, "backbone"
 EXAMPLE = [
     RUN,
     StageStarted(0, "head", 0, 2, 0, 1, 650, 24490, {"head": 1e-3}),
+    PrefixCached(0, 0, "train", "layer3", 0.805, 401408, 400, 500, "memory", "fx", True),
     StepsTaken(0, 2, (2.302585092994046, 2.1)),
     EpochEnded(
         0, 0, 2, 2.201, {"valid_loss": 2.05, "valid_accuracy": 0.25}, {"head": 1e-3}, 0.41, 160.0, True
     ),
+    CacheClosed(0, 2, "train", 400, 3600, 81.25),
     FreezeAudited(0, 2, 12, 4, "9b2f6c0d51e8a734"),
     StageEnded(0, 2, "length", 0),
     CheckpointWritten(2, 198432, 0.002, 0.031),
     ALL,
     StepsTaken(2, 3, (1.75,)),
-    Resumed(2, 1, 1, 6),
+    Resumed(2, 1, 1, 8),
     RUN,
     ALL,
     Note("the norms of the backbone are trained without weight decay"),
@@ -75,7 +79,7 @@ EXAMPLE = [
 ]
 
 KINDS = [kind for kind in get_args(Event) if kind not in (Progressed, Validating)]
-LINE = '{"v":3,"event":"interrupted","time":"2026-11-23T13:00:00.123Z","step":7}'
+LINE = '{"v":4,"event":"interrupted","time":"2026-11-23T13:00:00.123Z","step":7}'
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 by_kind = {
@@ -134,20 +138,20 @@ def test_round_trip(event: Event, time: int) -> None:
         (Interrupted(7), LINE),
         (
             StepsTaken(3, 7, (0.1, math.nan, -math.inf, 1e22)),
-            '{"v":3,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":3,"stop":7,'
+            '{"v":4,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":3,"stop":7,'
             '"losses":[0.1,"nan","-inf",1e+22]}',
         ),
         (
             RunEnded(90, "patience", None, {"valid_loss": 1}, 2.5),
-            '{"v":3,"event":"run_ended","time":"2026-11-23T13:00:00.123Z","step":90,"reason":"patience",'
+            '{"v":4,"event":"run_ended","time":"2026-11-23T13:00:00.123Z","step":90,"reason":"patience",'
             '"best_epoch":null,"metrics":{"valid_loss":1.0},"seconds":2.5}',
         ),
         (
             Resumed(1200, 1, 4, 99),
-            '{"v":3,"event":"resumed","time":"2026-11-23T13:00:00.123Z",'
+            '{"v":4,"event":"resumed","time":"2026-11-23T13:00:00.123Z",'
             '"step":1200,"stage":1,"epoch":4,"records":99}',
         ),
-        (Note("ø"), '{"v":3,"event":"note","time":"2026-11-23T13:00:00.123Z","text":"\\u00f8"}'),
+        (Note("ø"), '{"v":4,"event":"note","time":"2026-11-23T13:00:00.123Z","text":"\\u00f8"}'),
     ],
 )
 def test_golden_lines(event: Event, line: str) -> None:
@@ -363,7 +367,7 @@ def test_a_resume_that_counts_wrong_harms_nothing(records: int) -> None:
 def test_effective_of_the_example() -> None:
     """In the page's example the step that was lost is left out, and done again."""
     records = [Record(0.0, event) for event in EXAMPLE]
-    assert [record.event for record in effective(records)] == EXAMPLE[:6] + EXAMPLE[9:]
+    assert [record.event for record in effective(records)] == EXAMPLE[:8] + EXAMPLE[11:]
 
 
 def test_a_clock_that_goes_backwards(tmp_path: Path) -> None:
@@ -418,11 +422,11 @@ def test_a_message_about_a_damaged_line_has_an_end() -> None:
     ("line", "message"),
     [
         ("", "not a line of a journal"),
-        ('{"v":3,"event":"inter', "not a line of a journal"),
+        ('{"v":4,"event":"inter', "not a line of a journal"),
         ("[" * 100_000, "not a line of a journal"),
         ("[1]", "expected a JSON object, found list"),
-        (LINE.replace('"v":3', '"v":4'), r"written in version 4 .* reads up to 3; update it"),
-        (LINE.replace('"v":3', '"v":true'), '"v" is True'),
+        (LINE.replace('"v":4', '"v":5'), r"written in version 5 .* reads up to 4; update it"),
+        (LINE.replace('"v":4', '"v":true'), '"v" is True'),
         (
             LINE.replace("interrupted", "interupted"),
             r"unknown event 'interupted'; did you mean \"interrupted\"\?",
@@ -435,7 +439,7 @@ def test_a_message_about_a_damaged_line_has_an_end() -> None:
         (LINE.replace('"step":7', '"step":NaN'), "NaN is not JSON"),
         (LINE.replace("step", "steps"), "missing are: step; unknown are: steps"),
         (
-            '{"v":3,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":0,"stop":3,"losses":[1]}',
+            '{"v":4,"event":"steps_taken","time":"2026-11-23T13:00:00.123Z","start":0,"stop":3,"losses":[1]}',
             r"StepsTaken\(0, 3\) carries 1 losses, expected 3",
         ),
     ],

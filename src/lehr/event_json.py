@@ -16,6 +16,7 @@ from typing import Final
 
 from lehr.errors import RunError, nearest
 from lehr.events import (
+    CacheClosed,
     CheckpointFailed,
     CheckpointWritten,
     ConditionMet,
@@ -24,6 +25,7 @@ from lehr.events import (
     FreezeAudited,
     Interrupted,
     Note,
+    PrefixCached,
     RateReduced,
     Record,
     Resumed,
@@ -35,7 +37,7 @@ from lehr.events import (
     StepsTaken,
 )
 
-VERSION: Final = 3
+VERSION: Final = 4
 """The version of the format that is written; every version up to it can be read."""
 
 WRITTEN: Final[Mapping[str, type[Event]]] = {
@@ -54,6 +56,8 @@ WRITTEN: Final[Mapping[str, type[Event]]] = {
     "checkpoint_written": CheckpointWritten,
     "checkpoint_failed": CheckpointFailed,
     "freeze_audited": FreezeAudited,
+    "prefix_cached": PrefixCached,
+    "cache_closed": CacheClosed,
 }
 """The events that are written down, by the names that they have there; the others are passing."""
 
@@ -84,7 +88,7 @@ def format_line(record: Record) -> str:
 
     Example:
         >>> format_line(Record(1.5, StepsTaken(0, 2, (2.302, math.nan))))
-        '{"v":3,"event":"steps_taken","time":"1970-01-01T00:00:01.500Z","start":0,"stop":2,"losses":[2.302,"nan"]}'
+        '{"v":4,"event":"steps_taken","time":"1970-01-01T00:00:01.500Z","start":0,"stop":2,"losses":[2.302,"nan"]}'
     """
     event = record.event
     moment = datetime.fromtimestamp(round(record.time, 3), timezone.utc)

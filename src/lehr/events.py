@@ -270,6 +270,43 @@ class FreezeAudited:
     digest: str
 
 
+@dataclass(frozen=True)
+class PrefixCached:
+    """What of the model does not train in stage `stage` is computed once for each sample of `data` ("train" or "valid").
+
+    The model is cut after `after`, as the self-check has allowed; before it lies `share` of the arithmetic of a forward
+    pass. A sample takes `bytes` bytes, and `rows` of the `wanted` rows (samples times views) are kept in `place`. `route`
+    is how the model was read ("fx" or "export"); `folded` says that the prefix is computed in a faster form, which may
+    round differently.
+    """
+
+    stage: int
+    step: int
+    data: str
+    after: str
+    share: float
+    bytes: int
+    rows: int
+    wanted: int
+    place: str
+    route: str
+    folded: bool
+
+
+@dataclass(frozen=True)
+class CacheClosed:
+    """The cache of stage `stage` is dropped: it has computed the features of `computed` samples of `data`, and read them
+    `read` times, which has saved about `saved` seconds.
+    """
+
+    stage: int
+    step: int
+    data: str
+    computed: int
+    read: int
+    saved: float
+
+
 Event: TypeAlias = (
     RunStarted
     | StageStarted
@@ -288,6 +325,8 @@ Event: TypeAlias = (
     | CheckpointWritten
     | CheckpointFailed
     | FreezeAudited
+    | PrefixCached
+    | CacheClosed
 )
 Observer: TypeAlias = Callable[[Event], None]
 """What is called with every event."""

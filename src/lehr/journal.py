@@ -79,7 +79,7 @@ class Journal:
         >>> with Journal(path, clock=lambda: 0.0) as journal:
         ...     journal(Note("hello"))
         >>> print(path.read_text(), end="")
-        {"v":3,"event":"note","time":"1970-01-01T00:00:00.000Z","text":"hello"}
+        {"v":4,"event":"note","time":"1970-01-01T00:00:00.000Z","text":"hello"}
     """
 
     def __init__(

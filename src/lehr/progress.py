@@ -20,12 +20,14 @@ from typing import TextIO
 from tqdm import tqdm
 
 from lehr.events import (
+    CacheClosed,
     CheckpointFailed,
     ConditionMet,
     EpochEnded,
     Event,
     Interrupted,
     Note,
+    PrefixCached,
     Progressed,
     RateReduced,
     Resumed,
@@ -152,6 +154,10 @@ class Progress:
                 self._say(words.condition_met(event), _BOLD)
             case RateReduced():
                 self._say(words.rate_reduced(event), _BOLD)
+            case PrefixCached() if event.data == "train":
+                self._say(words.prefix_cached(event), keep_bar=True)
+            case CacheClosed() if event.data == "train" and event.read:
+                self._say(words.cache_closed(event))
             case StageEnded() if event.reason == "patience" or event.restored_epoch is not None:
                 self._say(words.stage_ended(event))
             case RunEnded():

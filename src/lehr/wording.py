@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, TextIO
 
 from lehr.events import (
+    CacheClosed,
     CheckpointFailed,
     ConditionMet,
     EpochEnded,
     Note,
+    PrefixCached,
     RateReduced,
     Resumed,
     RunEnded,
@@ -25,6 +27,7 @@ from lehr.events import (
     StageEnded,
     StageStarted,
 )
+from lehr.free_room import size_text
 
 _NAME_ROOM = 24  # columns that a stage's label or the name of a metric or a group may take
 BAR_ROOM = 6  # columns below which a bar says nothing
@@ -168,6 +171,35 @@ class Words:
         """A note; its lines are indented."""
         lines = [self.shown(line) for line in event.text.splitlines()]
         return "! " + "\n  ".join(lines)
+
+    def prefix_cached(self, event: PrefixCached) -> str:
+        """What is computed once a sample, and how large that is.
+
+        >>> event = PrefixCached(0, 0, "train", "layer3", 0.805, 401408, 500, 500, "memory", "fx", True)
+        >>> Words("utf-8", True).prefix_cached(event)
+        'training: the frozen 80% up to layer3 is computed once a sample, 500 x 392 KiB = 191 MiB in memory'
+        """
+        what = "training" if event.data == "train" else "validation"
+        size = f"{count(event.rows)} x {size_text(event.bytes)} = {size_text(event.rows * event.bytes)}"
+        part = (
+            f", of {count(event.wanted)} (the rest is computed each time)"
+            if event.rows < event.wanted
+            else ""
+        )
+        return (
+            f"{what}: the frozen {int(100 * event.share)}% up to {self.name(event.after, 40)} is computed once a sample, "
+            f"{size} in {self.shown(event.place)}{part}"
+        )
+
+    def cache_closed(self, event: CacheClosed) -> str:
+        """What it was good for.
+
+        >>> Words("utf-8", True).cache_closed(CacheClosed(0, 400, "train", 500, 4500, 81.2))
+        'training: features of 500 samples were read 4,500 times, which has saved about 81 s'
+        """
+        what = "training" if event.data == "train" else "validation"
+        read = f"{count(event.read)} times, which has saved about {_seconds(event.saved)}"
+        return f"{what}: features of {count(event.computed)} samples were read {read}"
 
     def checkpoint_failed(self, event: CheckpointFailed) -> str:
         """That a checkpoint could not be written, why, and what happens next."""

@@ -8,7 +8,7 @@ losses or devices.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,6 +85,8 @@ class Feed:
         epoch: int,
         done: int = 0,
         rewound: AbstractContextManager[object] = _AS_IT_IS,
+        *,
+        draw: Callable[[int], Iterator[Any]] | None = None,
     ) -> Iterator[Window]:
         """The batches of each round of an epoch, each with its number of samples; the last may be short.
 
@@ -94,6 +96,7 @@ class Feed:
             done: rounds of the epoch to leave out. lehr's own batches of them are not even read; from a person's
                 loader they are drawn again and dropped.
             rewound: the random states of the epoch's beginning, in which that is done.
+            draw: gives other batches than the samples', in the same order, without so many; from a person's loader all.
 
         Raises:
             FeedError: for a sample that cannot be had, with the step.
@@ -104,7 +107,7 @@ class Feed:
         while True:
             try:
                 if batches is None:
-                    batches = self._from(stage, epoch, done, rewound)
+                    batches = self._from(stage, epoch, done, rewound, draw)
                 window = [(batch, size_of(batch)) for batch in islice(batches, stage.accumulate)]
             except Exception as error:
                 step = begins + stage.first_of_round(number)
@@ -117,15 +120,20 @@ class Feed:
             number += 1
 
     def _from(
-        self, stage: PlannedStage, epoch: int, done: int, rewound: AbstractContextManager[object]
+        self,
+        stage: PlannedStage,
+        epoch: int,
+        done: int,
+        rewound: AbstractContextManager[object],
+        draw: Callable[[int], Iterator[Any]] | None,
     ) -> Iterator[Any]:
         skipped = done * stage.accumulate
         if self.loader is None:
-            return self.ordered(stage.batch_size, epoch, skipped)
+            return draw(skipped) if draw else self.ordered(stage.batch_size, epoch, skipped)
         if not skipped:
-            return iter(self.loader)
+            return draw(0) if draw else iter(self.loader)
         with rewound:
-            batches = iter(self.loader)
+            batches = draw(0) if draw else iter(self.loader)
             for _ in islice(batches, skipped):
                 pass
         return batches
@@ -144,17 +152,22 @@ class Feed:
         found = [g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)]
         return tuple({id(generator): generator for generator in found}.values())
 
-    def sequential(self, batch_size: int) -> Iterator[Any]:
-        """Every sample once, in order: for validation.
+    def sequential(
+        self, batch_size: int, *, draw: Callable[[Sequence[torch.Tensor]], Iterator[Any]] | None = None
+    ) -> Iterator[Any]:
+        """Every sample once, in order: for validation. `draw` gives other batches than the samples', of their indices.
 
         Raises:
             FeedError: for a sample that cannot be had.
         """
         try:
-            if self.loader is not None:
+            batches = list(torch.split(torch.arange(self.samples), batch_size))
+            if draw:
+                yield from draw(batches)
+            elif self.loader is not None:
                 yield from self.loader
             else:
-                yield from self._drawn(list(torch.split(torch.arange(self.samples), batch_size)), 0)
+                yield from self._drawn(batches, 0)
         except Exception as error:
             raise FeedError(
                 f"validation: {died(error, beside=self._beside) or plain_words(error)}"
