@@ -84,6 +84,13 @@ def joins(draw: st.DrawFn) -> Schedule:
     return joined
 
 
+views = st.just("fresh") | st.integers(1, 100)
+caches = st.sampled_from(["auto", "off", "require"])
+byte_sizes = st.builds(
+    "{} {}".format, st.integers(1, 900), st.sampled_from(["bytes", "kB", "KiB", "MB", "MiB", "GiB", "TB"])
+)
+
+
 def _stages() -> st.SearchStrategy[Stage]:
     rate = st.floats(1e-6, 10.0)
     patterns = st.sampled_from(["all", "head", "backbone", "norm", "bias", "last 2 blocks", "layer4.*"])
@@ -102,6 +109,8 @@ def _stages() -> st.SearchStrategy[Stage]:
         weight_decay=st.none() | st.floats(0.0, 1.0),
         layer_decay=st.none() | st.floats(0.1, 1.0),
         restore_best=st.none() | st.booleans(),
+        views=st.none() | views,
+        cache=st.none() | caches,
     )
 
 
@@ -137,6 +146,11 @@ def recipes() -> st.SearchStrategy[Recipe]:
         patience=st.none() | st.integers(1, 50).map("{} epochs".format),
         restore_best=st.booleans(),
         augment=st.none() | st.lists(text, max_size=3),
+        views=views,
+        cache=caches,
+        cache_budget=byte_sizes,
+        cache_dtype=st.sampled_from(["fp32", "fp16", "bf16"]),
+        cache_exact=st.booleans(),
     )
 
 

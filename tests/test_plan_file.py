@@ -50,6 +50,15 @@ CHANGES: list[Callable[[Recipe], Recipe]] = [
     lambda r: replace(r, stages=[replace(r.stages[0], length="21 steps"), r.stages[1]]),
     lambda r: replace(r, stages=[replace(r.stages[0], train="norm"), r.stages[1]]),
     lambda r: replace(r, stages=[replace(r.stages[0], schedule=constant()), r.stages[1]]),
+    lambda r: replace(r, views=1),
+    lambda r: replace(r, stages=[replace(r.stages[0], views=4), r.stages[1]]),
+]
+WITHOUT_EFFECT: list[Callable[[Recipe], Recipe]] = [
+    lambda r: replace(r, cache="off"),
+    lambda r: replace(r, stages=[replace(r.stages[0], cache="require"), r.stages[1]]),
+    lambda r: replace(r, cache_budget="1 MiB"),
+    lambda r: replace(r, cache_dtype="bf16"),
+    lambda r: replace(r, cache_exact=True),
 ]
 
 
@@ -70,6 +79,14 @@ def test_the_hash_changes_with_everything_of_effect() -> None:
     assert resolve(replace(TWO_STAGES, lr_rule="linear"), NET, samples=320).hash == base.hash
     assert resolve(TWO_STAGES, replace(NET, name="Other"), samples=320).hash == base.hash
     assert resolve(TWO_STAGES, replace(NET, understood=("another sentence",)), samples=320).hash == base.hash
+
+
+@pytest.mark.parametrize("change", WITHOUT_EFFECT)
+def test_the_hash_does_not_see_caches(change: Callable[[Recipe], Recipe]) -> None:
+    """How what stays the same is kept may change as a run goes on: the plan is another value, with the same hash."""
+    base, changed = (resolve(r, NET, samples=320) for r in (TWO_STAGES, change(TWO_STAGES)))
+    assert changed != base
+    assert changed.hash == base.hash
 
 
 def test_equal_plans_have_equal_hashes() -> None:
@@ -118,7 +135,14 @@ def test_golden_hash() -> None:
 def test_save_and_load(tmp_path: Path) -> None:
     """A saved plan loads as an equal plan: infinities, tables of the optimizer and notes included."""
     recipe = replace(
-        TWO_STAGES, optimizer={"name": "sgd", "momentum": 0.9, "betas": (0.9, 0.99)}, monitor="inf"
+        TWO_STAGES,
+        optimizer={"name": "sgd", "momentum": 0.9, "betas": (0.9, 0.99)},
+        monitor="inf",
+        views=3,
+        cache="require",
+        cache_budget="3 MB",
+        cache_dtype="bf16",
+        cache_exact=True,
     )
     plan = resolve(recipe, replace(NET, name="inf"), samples=320)
     plan.save(tmp_path / "plan.json")
@@ -205,8 +229,8 @@ def _damage(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda plain: plain.update(hash=None), "does not have the hash that it says"),
         (lambda plain: plain.pop("hash"), "does not have the hash that it says"),
         (lambda plain: plain.update(ema=math.nan, hash=None), "does not have the hash that it says"),
-        (lambda plain: plain.update(format=1), "not a plan of format 2"),
-        (lambda plain: plain.clear(), "not a plan of format 2"),
+        (lambda plain: plain.update(format=2), "not a plan of format 3"),
+        (lambda plain: plain.clear(), "not a plan of format 3"),
     ],
 )
 def test_a_changed_file_is_refused(
@@ -250,7 +274,7 @@ def test_a_plan_with_a_right_hash_and_missing_parts(tmp_path: Path) -> None:
     """A file whose hash is right but which lacks a part of a plan is refused too."""
     path = tmp_path / "plan.json"
     path.write_text(
-        json.dumps({"format": 2, "hash": content_hash({"model": "x"}), "model": "x"}), encoding="utf-8"
+        json.dumps({"format": 3, "hash": content_hash({"model": "x"}), "model": "x"}), encoding="utf-8"
     )
     with pytest.raises(RecipeError, match=r"plan\.json: not a plan: .*make it again"):
         Plan.load(path)

@@ -32,6 +32,8 @@ STAGE_VALUES = {
     "every": "50 steps",
     "reduce": {"by": 0.1, "times": 2},
     "clock": "run",
+    "views": 4,
+    "cache": "require",
 }
 RECIPE_VALUES = {
     "optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True},
@@ -51,6 +53,11 @@ RECIPE_VALUES = {
     "patience": "3 epochs",
     "restore_best": True,
     "augment": ["flip"],
+    "views": 2,
+    "cache": "off",
+    "cache_budget": "1.5 GiB",
+    "cache_dtype": "fp16",
+    "cache_exact": True,
 }
 
 

@@ -50,8 +50,13 @@ def stage(
     return resolve(Recipe([one]), facts, samples=samples).stages[0]
 
 
+def of_epoch(source: Feed, batch_size: int, epoch: int) -> Iterator[Any]:
+    """The batches of an epoch in a stage without fixed views."""
+    return source.batches_of(cut(order(source.samples, source.seed, epoch), batch_size), epoch)
+
+
 def drawn(source: Feed, *, epoch: int = 0, batch_size: int = 4) -> list[torch.Tensor]:
-    return [inputs for inputs, _ in source.ordered(batch_size, epoch)]
+    return [inputs for inputs, _ in of_epoch(source, batch_size, epoch)]
 
 
 @given(st.integers(1, 300), st.integers(0, 2**63), st.integers(0, 10**6))
@@ -110,7 +115,7 @@ def test_tensors_in_memory_and_any_other_data_set_give_the_same_batches() -> Non
     sample gives."""
     tensors = TensorDataset(torch.randn(1100, 3), torch.arange(1100))
     one_by_one = feed(Subset(tensors, range(1100)), seed=1)
-    fast, slow = list(feed(tensors, seed=1).ordered(4, 2)), list(one_by_one.ordered(4, 2))
+    fast, slow = list(of_epoch(feed(tensors, seed=1), 4, 2)), list(of_epoch(one_by_one, 4, 2))
     assert len(fast) == len(slow) == 275
     for a, b in zip(fast, slow, strict=True):
         assert type(a) is type(b) is list
@@ -144,7 +149,7 @@ def test_an_epoch_that_is_left_halfway_does_not_reach_into_the_next() -> None:
     runs = []
     for workers in (0, 2):
         data = feed(Noisy(40), seed=2, workers=workers)
-        batches = data.ordered(4, 0)
+        batches = of_epoch(data, 4, 0)
         begun = [next(batches)[0] for _ in range(3)]
         runs.append([*begun, *drawn(data, epoch=1, batch_size=6)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

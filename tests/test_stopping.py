@@ -234,7 +234,7 @@ class Whose(Dataset[torch.Tensor]):
 def test_a_worker_that_loads_samples_goes_on_after_ctrl_c() -> None:
     """Ctrl-C in a terminal reaches the workers, too; the samples of the step under way still come."""
     with stopping():
-        batches = feed(Whose(), seed=0, workers=1).ordered(1, 0)
+        batches = feed(Whose(), seed=0, workers=1).sequential(1)
         worker = int(next(batches))
         assert worker != os.getpid()
         os.kill(worker, signal.SIGINT)

@@ -30,7 +30,8 @@ def plan_differences(was: Plan, now: Plan) -> tuple[str, ...]:
 
     The names of the model, of groups and of stages, and the order of the model's parameters have no effect: a
     model that was merely re-ordered is no difference, though the plan's hash is another (its groups are
-    lists). Neither is another way to write the same schedule. Past a dozen lines only their number is told.
+    lists). Neither is another way to write the same schedule, nor how what stays the same is cached. Past a
+    dozen lines only their number is told.
 
     Example:
         >>> from lehr.recipe import Recipe, Stage
@@ -253,7 +254,7 @@ def _length(before: PlannedStage, after: PlannedStage) -> Iterator[str]:
         yield f"steps {_steps(after)}, were {_steps(before)}"
     if before.steps_per_epoch != after.steps_per_epoch:
         yield f"{after.steps_per_epoch:,} steps in an epoch, were {before.steps_per_epoch:,}"
-    for key in ("batch_size", "accumulate", "restore_best"):
+    for key in ("batch_size", "accumulate", "restore_best", "views"):
         old, new = getattr(before, key), getattr(after, key)
         if old != new:
             yield f"{key} {str(new).lower()}, was {str(old).lower()}"

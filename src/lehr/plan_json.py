@@ -14,9 +14,11 @@ from typing import Any
 from lehr.errors import RecipeError
 from lehr.untrusted import MIB, printable, read_bytes
 
-FORMAT = 2
+FORMAT = 3
 # What a model is called changes nothing, nor how a length was written: its parameters and steps count.
-_WITHOUT_EFFECT = ("model", "notes", "said")
+# Caches decide how something is computed, not what.
+_WITHOUT_EFFECT = ("model", "notes", "said", "caching")
+_OF_A_STAGE_WITHOUT_EFFECT = ("cache",)
 _MAY_BE_INFINITE = ("clip_norm", "patience")
 _LARGEST = 256 * MIB
 
@@ -29,10 +31,18 @@ def content_hash(plain: Mapping[str, Any]) -> str:
     True
     """
     counted = {key: value for key, value in plain.items() if key not in _WITHOUT_EFFECT}
+    if isinstance(stages := counted.get("stages"), list):
+        counted["stages"] = [_of_effect(stage) for stage in stages]
     text = json.dumps(
         _strict(counted), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _of_effect(stage: object) -> object:
+    if not isinstance(stage, Mapping):
+        return stage
+    return {key: value for key, value in stage.items() if key not in _OF_A_STAGE_WITHOUT_EFFECT}
 
 
 def dumps(plain: Mapping[str, Any]) -> str:

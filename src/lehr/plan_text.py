@@ -104,7 +104,7 @@ def _stages(plan: Plan, total: int) -> str:
             )
         )
     columns = ("", "trains", "steps", "count", "epochs", "batch", "tensors", "parameters", "share")
-    header, *lines = _table(columns, rows, "rlrrrrrrr").split("\n")
+    header, *lines = table(columns, rows, "rlrrrrrrr").split("\n")
     named = [
         f"{line}\n     = {listed(_covering(plan.trainable(stage), plan.parameters))}"
         for stage, line in zip(plan.stages, lines, strict=True)
@@ -156,7 +156,7 @@ def _groups(plan: Plan) -> str:
                 else [_rate(stage.peak_lr[group]), _rate(last), f"{stage.weight_decay[group]:g}"]
             )
         rows.append(row)
-    return "Groups (peak and last rate in each stage, weight decay)\n" + _table(
+    return "Groups (peak and last rate in each stage, weight decay)\n" + table(
         header, rows, "l" + "r" * (len(header) - 1)
     )
 
@@ -204,6 +204,7 @@ def _rest(plan: Plan) -> str:
         f"moving average of the weights, decay {plan.ema:g}" if plan.ema else "",
         f"label smoothing {plan.label_smoothing:g}" if plan.label_smoothing else "",
         f"training images changed at random: {', '.join(plan.augment)}" if plan.augment else "",
+        *_views(plan),
         f"best by {plan.monitor}"
         if any(s.restore_best for s in plan.stages) or plan.patience != float("inf")
         else "",
@@ -217,6 +218,18 @@ def _rest(plan: Plan) -> str:
     return "\n".join(line[0].upper() + line[1:] for line in said if line)
 
 
+def _views(plan: Plan) -> list[str]:
+    """Which stages have fixed views of each sample, and how many."""
+    numbers = dict.fromkeys(stage.views for stage in plan.stages if stage.views != "fresh")
+    where = {n: _and(s.index + 1 for s in plan.stages if s.views == n) for n in numbers}
+    return [
+        f"each sample as it is, without random changes, in stage {where[n]}"
+        if n == 1
+        else f"{n:,} fixed views of each sample in stage {where[n]}, one an epoch in turn"
+        for n in numbers
+    ]
+
+
 def _clipped(plan: Plan) -> list[str]:
     """At which norm gradients are clipped, of each objective."""
     norms = {name: o.clip_norm for name, o in plan.objectives.items() if o.clip_norm != float("inf")}
@@ -227,7 +240,7 @@ def _clipped(plan: Plan) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
     """Columns two spaces apart; `align` has "l" or "r" for each."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from lehr.byte_size import MOST_BYTES
 from lehr.untrusted import brief, printable
 
 MOST_STEPS = 10**8
@@ -62,6 +63,8 @@ class _Stage:
     reduce: Annotated[float, Field(gt=0, le=1)]
     reductions: _Step
     cooled: list[_Step]
+    views: _Positive | Literal["fresh"]
+    cache: Literal["auto", "off", "require"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -69,6 +72,13 @@ class _Objective:
     optimizer: Annotated[str, Field(min_length=1)]
     optimizer_settings: dict[str, Any]
     clip_norm: _Endless
+
+
+@dataclass(frozen=True, config=_STRICT)
+class _Caching:
+    budget: Annotated[int, Field(ge=1, le=MOST_BYTES)]
+    dtype: Literal["fp32", "fp16", "bf16"]
+    exact: bool
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -94,6 +104,7 @@ class _Plan:
     seed: _Count
     monitor: str
     patience: _Endless
+    caching: _Caching
     said: list[list[str]]
     augment: list[str]
     notes: list[str]

@@ -61,7 +61,8 @@ class PlannedStage:
     `span` is how many steps its schedules are laid over: counted from its start, where it may end sooner by `until`;
     from the run's first step where `clock` is "run". `until` is "" where nothing but the length ends it; `every` is
     0 where it is checked at the end of each epoch. `reduce` is 1.0 where a plateau ends the stage; else it cools at
-    most `reductions` times, and did so at the steps `cooled`.
+    most `reductions` times, and did so at the steps `cooled`. Each sample has so many fixed `views`, or a fresh one in
+    each epoch. `cache` says how what it computes is kept, and changes nothing else.
     """
 
     index: int
@@ -84,6 +85,8 @@ class PlannedStage:
     reduce: float = 1.0
     reductions: int = 0
     cooled: tuple[int, ...] = ()
+    views: int | Literal["fresh"] = "fresh"
+    cache: Literal["auto", "off", "require"] = "auto"
 
     def __hash__(self) -> int:
         return hash((self.index, self.label, self.start, self.stop, self.turns))

@@ -14,7 +14,7 @@ from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -78,6 +78,15 @@ class PlannedObjective:
 
 
 @dataclass(frozen=True)
+class Caching:
+    """What caches may take: bytes in all; the narrowest type that is stored; whether each bit must be the model's own."""
+
+    budget: int
+    dtype: Literal["fp32", "fp16", "bf16"]
+    exact: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """A whole run in numbers. `plan[t]` is a pure function of `t`; iteration gives the steps in order.
 
@@ -85,7 +94,8 @@ class Plan:
     `objectives`, "" being that of ordinary stages; `owners` says whose each group is, and those of one are disjoint.
     `parameters` maps every parameter of the model to its number of scalars. `patience` is infinite and `ema` is 0.0
     where there is none. `said` has each stage's schedules as the recipe wrote them; like `notes` and `model` it is for
-    the page only, and not in the hash. `decisions` are what was decided on evidence while the run went on: a plan
+    the page only, and not in the hash; nor is how what stays the same is cached (`caching`, and each stage's `cache`),
+    which a run may change as it goes on. `decisions` are what was decided on evidence while the run went on: a plan
     with them is the same function with one more input.
 
     Example:
@@ -111,6 +121,7 @@ class Plan:
     seed: int
     monitor: str
     patience: float
+    caching: Caching
     said: tuple[tuple[str, ...], ...]
     augment: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -131,8 +142,8 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over everything that has an effect: all but the notes, the model's name and the
-        words that the schedules were written in.
+        """SHA-256 over everything that has an effect: all but the notes, the model's name, the words that the schedules
+        were written in, and what is said of caches.
         """
         return plan_json.content_hash(self.to_dict())
 
@@ -234,7 +245,14 @@ class Plan:
         decisions = [
             {**_plain(d), "value": d.value if isfinite(d.value) else str(d.value)} for d in self.decisions
         ]
-        return {**plain, "stages": stages, "objectives": objectives, "decisions": decisions}
+        caching = _plain(self.caching)
+        return {
+            **plain,
+            "stages": stages,
+            "objectives": objectives,
+            "caching": caching,
+            "decisions": decisions,
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
@@ -243,6 +261,7 @@ class Plan:
             "stages": tuple(_stage_from(stage) for stage in plain["stages"]),
             "groups": {group: tuple(names) for group, names in plain["groups"].items()},
             "objectives": {name: PlannedObjective(**said) for name, said in plain["objectives"].items()},
+            "caching": Caching(**plain["caching"]),
             "said": tuple(map(tuple, plain["said"])),
             "decisions": tuple(Decision(**{**d, "value": float(d["value"])}) for d in plain["decisions"]),
         }

@@ -20,6 +20,9 @@ from lehr.curves import Schedule
 from lehr.errors import RecipeError
 from lehr.recipe_findings import MisplacedError, missing, speaking
 from lehr.recipe_values import (
+    Budget,
+    Cache,
+    CacheDtype,
     Clock,
     ConditionSaid,
     Count,
@@ -39,6 +42,7 @@ from lehr.recipe_values import (
     ScheduleSaid,
     Share,
     Trained,
+    Views,
 )
 from lehr.schedules import cosine, warmup
 from lehr.toml import toml_lines
@@ -112,6 +116,10 @@ class Stage:
         weight_decay: 0 or more; not applied to what the recipe's `no_decay` names.
         layer_decay: from 0 (excluded) to 1: rate * layer_decay ** (distance of the layer from the head).
         restore_best: end the stage with its best weights by `monitor`, and go on from them.
+        views: how many fixed random versions each sample has, one an epoch in turn; 1 is the sample without random
+            changes, as in validation; `"fresh"` is a new one each epoch. Fixed views can be cached.
+        cache: `"auto"` computes what the stage does not train once for each view of a sample, where that is the same and
+            pays; `"require"` refuses to train without; `"off"` does without.
 
     Raises:
         RecipeError: for an unknown key, a value that cannot be, or keys that do not go together, naming the key.
@@ -138,6 +146,8 @@ class Stage:
     weight_decay: NonNegative | None = None
     layer_decay: LayerDecay | None = None
     restore_best: Annotated[bool, Field(strict=True)] | None = None
+    views: Views | None = None
+    cache: Cache | None = None
 
     @field_validator("train", "lr", mode="before")
     @classmethod
@@ -163,7 +173,7 @@ class Recipe:
             keywords.
         schedule: the curve of every stage that has none of its own; each stage runs through it from the
             start.
-        batch_size, accumulate, weight_decay, layer_decay, restore_best: as in `Stage`.
+        batch_size, accumulate, weight_decay, layer_decay, restore_best, views, cache: as in `Stage`.
         no_decay: patterns of parameters that weight decay leaves alone; norms and biases by default.
         min_lr: an absolute lowest rate: rate = min_lr + (peak - min_lr) * factor; at most the smallest peak.
         lr_rule: `"fixed"`: rates are as written. `"linear"`: they are meant for the recipe's `batch_size *
@@ -179,6 +189,10 @@ class Recipe:
             not stop early.
         augment: names of random changes for images that lehr reads (see `lehr.data`); refused with a data
             set of your own.
+        cache_budget: the most memory that caches may take, `"4 GiB"`, on the disk where it does not fit in memory.
+        cache_dtype: the narrowest type that a cache may store, `"fp32"`, `"fp16"` or `"bf16"`; fp32 is kept while it
+            fits the budget.
+        cache_exact: whether what is cached is computed to the same bits as the model's own: slower, nothing is folded.
 
     Example:
         >>> Recipe(stages=[Stage("1 epoch", train="all", lr=1e-3)]).optimizer
@@ -204,6 +218,11 @@ class Recipe:
     patience: Epochs | None = None
     restore_best: Annotated[bool, Field(strict=True)] = False
     augment: Patterns | None = None
+    views: Views = "fresh"
+    cache: Cache = "auto"
+    cache_budget: Budget = "4 GiB"
+    cache_dtype: CacheDtype = "fp32"
+    cache_exact: Annotated[bool, Field(strict=True)] = False
 
     def __post_init__(self) -> None:
         if not self.stages:

@@ -73,7 +73,7 @@ def _finding(found: dict[str, Any], cls: type, rooms: Mapping[str, type]) -> str
         return f"{place}: {missing(place.rsplit('.', 1)[-1])}"
     if kind == "value_error":  # the place says what it is of
         said = str(error)
-        for room in ("duration: ", "schedule: "):
+        for room in ("duration: ", "schedule: ", "size: "):
             said = said.removeprefix(room)
         return ": ".join(filter(None, (place, said)))
     if loc and loc[-1] in rooms:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator
 
+from lehr.byte_size import byte_size
 from lehr.conditions import Condition
 from lehr.curves import Schedule
 from lehr.duration import Duration
@@ -22,6 +23,8 @@ from lehr.untrusted import brief, printable
 
 LrRule = Literal["fixed", "linear"]
 Clock = Literal["stage", "run"]
+Cache = Literal["auto", "off", "require"]
+CacheDtype = Literal["fp32", "fp16", "bf16"]
 _MOST = {"steps": 10**8, "epochs": 10**6}  # a rate is computed for each step
 _OWN_PLACE = {
     "lr": "the stage's `lr`",
@@ -136,6 +139,22 @@ def _every(said: object) -> str:
     return str(said)
 
 
+def _budget(said: object) -> str:
+    """Check an amount of memory; it stays the text that was written."""
+    byte_size(said, where="size")  # type: ignore[arg-type]  # refuses everything but text
+    return str(said)
+
+
+def _views(said: object) -> int | Literal["fresh"]:
+    if said == "fresh":
+        return "fresh"
+    if isinstance(said, bool) or not isinstance(said, int) or not 1 <= said < 2**31:
+        raise ValueError(
+            f'{brief(said)}; expected how many fixed views each sample has, 1 or more, or "fresh": a new one each epoch'
+        )
+    return said
+
+
 def _condition(said: object) -> Condition:
     return Condition.parse(said)  # type: ignore[arg-type]  # refuses everything but text
 
@@ -180,6 +199,8 @@ OptimizerSaid = Annotated[str | Mapping[str, Any], PlainValidator(_optimizer)]
 ScheduleSaid = Annotated[Schedule, PlainValidator(read_schedule)]
 ConditionSaid = Annotated[Condition, PlainValidator(_condition)]
 Every = Annotated[str, PlainValidator(_every)]
+Budget = Annotated[str, PlainValidator(_budget)]
+Views = Annotated[int | Literal["fresh"], PlainValidator(_views)]
 Reduction = Annotated[float | Mapping[str, float], PlainValidator(_reduction)]
 Name = Annotated[str, PlainValidator(_name)]
 LossSaid = Annotated[Callable[..., Any], PlainValidator(_loss)]

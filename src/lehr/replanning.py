@@ -29,7 +29,7 @@ def check_continuation(was: Plan, now: Plan, *, stage: int, epoch: int, step: in
     done stays: the model, its groups, the optimizer and the kind of state that it keeps, the steps and epochs
     of the stages before; and of a stage that has begun what it trains and how its epochs are cut into steps,
     since the order of the data is a function of the epoch (a step may become smaller batches, accumulated). In
-    the middle of an epoch the seed and the number of samples stay too.
+    the middle of an epoch the seed and the number of samples stay too. A begun stage keeps its views; caches may change.
 
     Args:
         was: the plan that was followed so far.
@@ -200,6 +200,10 @@ def _begun(was: Plan, now: Plan, stage: int) -> Iterator[str]:
             f"{after.steps_per_epoch:,} ({now.samples:,} training samples, were {was.samples:,}); "
             "give the data that the run began with"
         )
+    if before.views != after.views:
+        yield (
+            f"the stage has begun with {_seen(before)}, the plan has {_seen(after)}; leave `views` as it was, {end_it}"
+        )
     turns = [[(turn.objective, turn.every, turn.repeat) for turn in s.turns] for s in (before, after)]
     if turns[0] != turns[1]:
         yield f"the stage has begun, and its objectives take other turns in the plan; leave them as they were, {end_it}"
@@ -250,6 +254,12 @@ def _extent(stage: PlannedStage) -> tuple[int, ...]:
 def _in_words(stage: PlannedStage) -> str:
     epochs = f"{stage.epochs} epoch" + ("" if stage.epochs == 1 else "s")
     return f"from step {stage.start:,} to {stage.stop:,} in {epochs}"
+
+
+def _seen(stage: PlannedStage) -> str:
+    if stage.views == "fresh":
+        return "fresh views"
+    return f"{stage.views:,} fixed view{'s' if stage.views > 1 else ''} of each sample"
 
 
 def _batches(stage: PlannedStage) -> str:

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from lehr.byte_size import byte_size
 from lehr.duration import Duration
 from lehr.errors import RecipeError
 from lehr.grouping import Task, batch_of, groups_of, settings_of, settled, tasks_of
 from lehr.plan_text import listed
 from lehr.plan_values import MOST_IN_TURNS, MOST_STEPS
 from lehr.planned_stage import PlannedStage, Turn, steps_in_epoch
-from lehr.planning import Plan, PlannedObjective, batches_in
+from lehr.planning import Caching, Plan, PlannedObjective, batches_in
 from lehr.recipe import Recipe, Stage
 from lehr.recipe_values import optimizer_named
 from lehr.schedules import constant
@@ -67,7 +68,10 @@ def resolve(recipe: Recipe, facts: ModelFacts, *, samples: int, batches: int | N
             weight_decay={group: decay for group, (_, decay) in rates.items()},
             restore_best=recipe.restore_best if stage.restore_best is None else stage.restore_best,
             span=length.span, clock=stage.clock, **_evidence(stage, length),
+            views=recipe.views if stage.views is None else stage.views,
+            cache=recipe.cache if stage.cache is None else stage.cache,
         )  # fmt: skip
+        _check_cache(planned, whole=settings[index].get("", {}).keys() >= facts.by_name.keys())
         stages.append(_in_steps(recipe, planned))
     if stages[-1].stop > MOST_STEPS:
         raise RecipeError(
@@ -81,6 +85,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, *, samples: int, batches: int | N
         objectives=_objectives(recipe, tasks), min_lr=recipe.min_lr, ema=recipe.ema or 0.0,
         label_smoothing=recipe.label_smoothing, seed=recipe.seed, monitor=recipe.monitor,
         patience=math.inf if recipe.patience is None else float(Duration.parse(recipe.patience).amount),
+        caching=Caching(byte_size(recipe.cache_budget), recipe.cache_dtype, recipe.cache_exact),
         said=tuple(
             tuple(str(task.schedule or stage.schedule or recipe.schedule) for task in of_stage)
             for stage, of_stage in zip(recipe.stages, tasks, strict=True)
@@ -203,6 +208,22 @@ def _in_steps(recipe: Recipe, planned: PlannedStage) -> PlannedStage:
             raise type(error)(f"stages.{planned.index} ({said}): {error}") from None
         turns.append(replace(turn, schedule=curve.in_steps))
     return replace(planned, turns=tuple(turns))
+
+
+def _check_cache(planned: PlannedStage, *, whole: bool) -> None:
+    """Refuse to require a cache where nothing could be kept, or used again."""
+    if planned.cache != "require":
+        return
+    views = 1 if planned.views == "fresh" else planned.views
+    if not planned.is_plain or planned.turns[0].objective:
+        why = "objectives take turns, and each freezes other parts"
+    elif whole:
+        why = "it trains the whole model, so nothing stays the same"
+    elif planned.epochs <= views:
+        why = f"in {planned.epochs:,} epoch{'s' * (planned.epochs > 1)} no view of a sample comes again"
+    else:
+        return
+    raise RecipeError(f'stages.{planned.index}.cache: "require", but {why}; say cache = "auto" in this stage')
 
 
 def _check_min_lr(

@@ -8,6 +8,7 @@ DataLoader. This file must not know how an image is stored, nor who draws the in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias, final
 
 from PIL import Image
@@ -21,6 +22,9 @@ from lehr.errors import DataError
 
 Key: TypeAlias = "int | tuple[int, int]"
 Reader: TypeAlias = "Callable[[str, int], Image.Image]"
+
+PLAIN = -1
+"""The view without random changes, as in validation. Another data set than lehr's own has none: it is its view 0."""
 
 
 @final
@@ -37,6 +41,7 @@ class ImageSamples(Dataset[tuple[Tensor, int]]):
         self.pipeline = pipeline
         self.seed = seed
         self._read = read
+        self._plain = replace(pipeline, augment=frozenset())
 
     def __len__(self) -> int:
         return len(self.items)
@@ -46,7 +51,8 @@ class ImageSamples(Dataset[tuple[Tensor, int]]):
         return self.sample(index, view)
 
     def sample(self, index: int, view: int = 0) -> tuple[Tensor, int]:
-        """The tensor and the class index of sample `index`, augmented as that view of it always is.
+        """The tensor and the class index of sample `index`, augmented as that view of it always is; not at all in the
+        view `PLAIN`.
 
         Raises:
             IndexError: for an index outside the half.
@@ -54,8 +60,8 @@ class ImageSamples(Dataset[tuple[Tensor, int]]):
         """
         item = self.items[index]
         image = self._read(item.path, self.pipeline.transform.channels)
-        if not self.pipeline.augment:
-            return self.pipeline(image), item.label
+        if view == PLAIN or not self.pipeline.augment:
+            return self._plain(image), item.label
         with preserved_torch():  # the pipeline draws from torch alone
             seed_torch(seed_of(self.seed, view, index % len(self.items)))
             return self.pipeline(image), item.label
@@ -103,7 +109,7 @@ class Pure(Dataset[Any]):
             return self._seeded(index, view)
 
     def _seeded(self, index: int, view: int) -> Any:
-        seed_all(seed_of(self.seed, view, index % max(1, self._length)))
+        seed_all(seed_of(self.seed, max(view, 0), index % max(1, self._length)))
         return self.dataset[index]
 
 

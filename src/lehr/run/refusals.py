@@ -58,6 +58,7 @@ def check(
         _check_direction(stage, metrics)
     if training.loader is None:
         return
+    _check_views(plan)
     size = training.loader.batch_size
     for stage in plan.stages:
         if size is not None and stage.batch_size != size:
@@ -65,6 +66,16 @@ def check(
                 f"batch_size: stage {stage.index + 1} says {stage.batch_size}, "
                 f"the DataLoader makes batches of {size}; "
                 f"say batch_size={size} in the recipe, or pass the data set and let lehr make the batches"
+            )
+
+
+def _check_views(plan: Plan) -> None:
+    """Refuse fixed views of samples that are made where lehr cannot say which view is wanted."""
+    for stage in plan.stages:
+        if stage.views != "fresh":
+            raise RecipeError(
+                f"views: stage {stage.index + 1} says {stage.views}, and a DataLoader makes its samples as it likes; pass the "
+                'data set and let lehr make the batches, or say views="fresh"'
             )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lehr.data.datasets import pure
+from lehr.data.datasets import PLAIN, pure
 from lehr.data.purity import seed_of
 from lehr.errors import DataError, FeedError, is_from_worker, plain_words
 from lehr.planned_stage import PlannedStage
@@ -52,6 +52,15 @@ def cut(indices: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
     count = batches_in(len(indices), batch_size)
     ends = [*(batch_size * k for k in range(1, count)), len(indices)]
     return [indices[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def view_of(stage: PlannedStage, epoch: int) -> int:
+    """The view of each sample in an epoch of a stage: the epoch itself, or one of a fixed number in turn; where that is 1,
+    the view without random changes (`PLAIN`).
+    """
+    if stage.views == "fresh":
+        return epoch
+    return PLAIN if stage.views == 1 else epoch % stage.views
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,9 @@ class Feed:
     ) -> Iterator[Any]:
         skipped = done * stage.accumulate
         if self.loader is None:
-            return draw(skipped) if draw else self.ordered(stage.batch_size, epoch, skipped)
+            if draw:
+                return draw(skipped)
+            return self.batches_of(self.indices(stage, epoch)[skipped:], view_of(stage, epoch))
         if not skipped:
             return draw(0) if draw else iter(self.loader)
         with rewound:
@@ -138,9 +149,9 @@ class Feed:
                 pass
         return batches
 
-    def ordered(self, batch_size: int, epoch: int, skipped: int = 0) -> Iterator[Any]:
-        """Batches in the order of `epoch`, augmented with that epoch's view, without the first `skipped`."""
-        return self._drawn(cut(order(self.samples, self.seed, epoch), batch_size)[skipped:], epoch)
+    def indices(self, stage: PlannedStage, epoch: int) -> list[torch.Tensor]:
+        """The samples of each of lehr's own batches of an epoch, in order."""
+        return cut(order(self.samples, self.seed, epoch), stage.batch_size)
 
     @property
     def generators(self) -> tuple[torch.Generator, ...]:
@@ -167,13 +178,14 @@ class Feed:
             elif self.loader is not None:
                 yield from self.loader
             else:
-                yield from self._drawn(batches, 0)
+                yield from self.batches_of(batches, 0)
         except Exception as error:
             raise FeedError(
                 f"validation: {died(error, beside=self._beside) or plain_words(error)}"
             ) from error
 
-    def _drawn(self, batches: Sequence[torch.Tensor], view: int) -> Iterator[Any]:
+    def batches_of(self, batches: Sequence[torch.Tensor], view: int) -> Iterator[Any]:
+        """The batches of these samples, each in that view; not of a person's own loader."""
         if type(self.source) is TensorDataset:
             return _gathered(self.source, batches)
         self._keys.keys = [[(index, view) for index in batch.tolist()] for batch in batches]
