@@ -129,7 +129,7 @@ def _of_tensors(tensors: Sequence[Tensor], rows: Sequence[int]) -> str:
     row_bytes = sum(tensor[:1].numel() * tensor.element_size() for tensor in tensors)
     count = len(rows)
     if row_bytes * count > WHOLE:
-        rows = [rows[i] for i in _spaced(count, max(1, min(_MOST_ROWS, WHOLE // row_bytes)))]
+        rows = [rows[i] for i in spaced(count, max(1, min(_MOST_ROWS, WHOLE // row_bytes)))]
     digest = _new_hash()
     for tensor in tensors:
         _feed(digest, (str(tensor.dtype), list(tensor.shape[1:]), count))
@@ -142,19 +142,19 @@ def _of_tensors(tensors: Sequence[Tensor], rows: Sequence[int]) -> str:
 
 def _of_probes(samples: ImageSamples | Pure) -> Fingerprint:
     count = len(samples)
-    probes = _spaced(count, PROBES)
+    probes = spaced(count, PROBES)
     try:
-        digests = tuple(_of_sample(samples.sample(index, view=0)) for index in probes)
-        again = tuple(_of_sample(samples.sample(index, view=0)) for index in probes)
+        digests = tuple(digest_of(samples.sample(index, view=0)) for index in probes)
+        again = tuple(digest_of(samples.sample(index, view=0)) for index in probes)
     except Exception:  # whatever a data set raises: the run itself will say it, with the sample
         return Fingerprint(count, "none")
     return Fingerprint(count, "probes", digests, probes) if digests == again else Fingerprint(count, "none")
 
 
-def _spaced(count: int, most: int) -> tuple[int, ...]:
+def spaced(count: int, most: int) -> tuple[int, ...]:
     """Up to `most` of `count` indices, evenly spaced, the first and the last among them.
 
-    >>> _spaced(100, 4), _spaced(3, 8)
+    >>> spaced(100, 4), spaced(3, 8)
     ((0, 33, 66, 99), (0, 1, 2))
     """
     if count <= most:
@@ -162,7 +162,12 @@ def _spaced(count: int, most: int) -> tuple[int, ...]:
     return tuple(i * (count - 1) // max(1, most - 1) for i in range(most))
 
 
-def _of_sample(sample: object) -> str:
+def digest_of(sample: object) -> str:
+    """What a sample can be known by: 32 hexadecimal digits.
+
+    Raises:
+        TypeError: for a sample that holds anything without bytes of its own.
+    """
     digest = _new_hash()
     _feed(digest, sample)
     return digest.hexdigest()

@@ -11,18 +11,20 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from lehr.data.datasets import PLAIN, pure
+from lehr.data.datasets import PLAIN, Pure, pure
+from lehr.data.drawing import Collating, Watched, can_draw
 from lehr.data.purity import seed_of
 from lehr.errors import DataError, FeedError, is_from_worker, plain_words
 from lehr.planned_stage import PlannedStage
 from lehr.planning import batches_in
+from lehr.run.tapping import Tap, Watch, unmarked, untappable
 
 Window = list[tuple[Any, int]]
 _ORDER = 1  # sets the seeds of orders apart from those of augmentation, (seed, view, index), unless seed is 1 itself
@@ -142,9 +144,9 @@ class Feed:
                 return draw(skipped)
             return self.batches_of(self.indices(stage, epoch)[skipped:], view_of(stage, epoch))
         if not skipped:
-            return draw(0) if draw else iter(self.loader)
+            return draw(0) if draw else self._tap.plain()
         with rewound:
-            batches = draw(0) if draw else iter(self.loader)
+            batches = draw(0) if draw else self._tap.plain()
             for _ in islice(batches, skipped):
                 pass
         return batches
@@ -176,7 +178,7 @@ class Feed:
             if draw:
                 yield from draw(batches)
             elif self.loader is not None:
-                yield from self.loader
+                yield from self._tap.plain()
             else:
                 yield from self.batches_of(batches, 0)
         except Exception as error:
@@ -184,12 +186,42 @@ class Feed:
                 f"validation: {died(error, beside=self._beside) or plain_words(error)}"
             ) from error
 
-    def batches_of(self, batches: Sequence[torch.Tensor], view: int) -> Iterator[Any]:
-        """The batches of these samples, each in that view; not of a person's own loader."""
+    def batches_of(
+        self, batches: Sequence[torch.Tensor], view: int, watch: Watch | None = None
+    ) -> Iterator[Any]:
+        """The batches of these samples, each in that view; not of a person's own loader. `watch` is told who draws random
+        numbers while samples are made.
+        """
         if type(self.source) is TensorDataset:
             return _gathered(self.source, batches)
         self._keys.keys = [[(index, view) for index in batch.tolist()] for batch in batches]
-        return iter(self._by_key)
+        if watch is None or not can_draw(self.dataset):
+            return iter(self._by_key)
+        return map(partial(unmarked, self.dataset, watch), self._watched_by_key)
+
+    @cached_property
+    def untappable(self) -> str:
+        """Why the indices of a batch cannot be known, in words; "" where they can, as for lehr's own batches."""
+        return "" if self.loader is None else untappable(self.loader)
+
+    def tapped(self, watch: Watch | None = None) -> Iterator[tuple[torch.Tensor, Any]]:
+        """The batches of the next epoch of a person's own loader, each with the indices of its samples; where that is
+        not `untappable`. `watch` is told who draws random numbers while samples are made.
+        """
+        return self._tap.tapped(watch)
+
+    def only_indices(self) -> Iterator[torch.Tensor]:
+        """The indices that the batches of the next epoch of a person's own loader would have, without one being loaded."""
+        return self._tap.only_indices()
+
+    def collated(self, indices: torch.Tensor) -> Any:
+        """The batch of these samples of a person's own loader, made by this process."""
+        return self._tap.collated(indices)
+
+    @cached_property
+    def _tap(self) -> Tap:
+        assert self.loader is not None
+        return Tap(self.loader)
 
     @property
     def dataset(self) -> Dataset[Any]:
@@ -205,9 +237,20 @@ class Feed:
         """Draws samples by (index, view). Its workers live as long as the feed; with a generator of its own
         it leaves torch's global one untouched, so that nothing depends on how many workers there are.
         """
+        return self._keyed(pure(self.dataset, self.seed), default_collate, stay=True)
+
+    @property
+    def _watched_by_key(self) -> DataLoader[Any]:
+        """The same, whose batches tell whether random numbers were drawn; for some epochs, so its workers do not stay."""
+        dataset = Pure(Watched(self.dataset), seed=self.seed, draws=True)
+        return self._keyed(dataset, Collating(default_collate), stay=False)
+
+    def _keyed(
+        self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any], *, stay: bool
+    ) -> DataLoader[Any]:
         return DataLoader(
-            pure(self.dataset, self.seed), batch_sampler=self._keys, pin_memory=self.pin,
-            num_workers=self.workers, persistent_workers=self.workers > 0,
+            dataset, batch_sampler=self._keys, pin_memory=self.pin, collate_fn=collate,
+            num_workers=self.workers, persistent_workers=stay and self.workers > 0,
             worker_init_fn=_quietly, generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
 
