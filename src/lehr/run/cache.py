@@ -101,6 +101,8 @@ def place_for(size: int, device: torch.device, folder: str | Path | None = None)
 class Store:
     """Rows for the slots 0 to `slots`, none of them filled at first.
 
+    A file with a `name` stays in its folder; its rows are as they were left, and `trust` fills them.
+
     Raises:
         OSError: where there is no room for the file.
 
@@ -119,12 +121,13 @@ class Store:
         place: Place = "memory",
         device: torch.device | str = "cpu",
         folder: str | Path | None = None,
+        name: str = "",
     ) -> None:
         self.columns, self.place = tuple(columns), place
         self.filled = torch.zeros(slots, dtype=torch.bool)
         self._device = torch.device(device)
         if place == "file":
-            self._rows = _in_file(self.columns, slots, folder)
+            self._rows = _in_file(self.columns, slots, folder, name)
         else:
             where = self._device if place == "device" else torch.device("cpu")
             pin = place == "pinned memory"
@@ -178,13 +181,21 @@ class Store:
             out.append(column.unpacked(taken))
         return out
 
-    def forget(self) -> None:
-        """Be empty again."""
-        self.filled.zero_()
+    def trust(self, slots: torch.Tensor) -> None:
+        """Take what lies in these slots for their rows."""
+        self.filled[slots] = True
+
+    def bytes_of(self, slot: int) -> bytes:
+        """The row as it is stored, filled or not."""
+        return b"".join(
+            rows[slot].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for rows in self._rows
+        )
 
 
-def _in_file(columns: Sequence[Column], slots: int, folder: str | Path | None) -> list[torch.Tensor]:
-    """The columns, one behind the other in a file of no name: however the process ends, nothing is left of it.
+def _in_file(
+    columns: Sequence[Column], slots: int, folder: str | Path | None, kept: str = ""
+) -> list[torch.Tensor]:
+    """The columns, one behind the other, in a file; without a name nothing is left of it, however the process ends.
 
     Its blocks are asked for at once: a disk that fills up later would end the process with a bus error.
     """
@@ -192,26 +203,38 @@ def _in_file(columns: Sequence[Column], slots: int, folder: str | Path | None) -
     for column in columns:
         starts.append(size)
         size += -(-column.bytes * slots // _ALIGNED) * _ALIGNED
-    number, name = tempfile.mkstemp(prefix="lehr-cache-", dir=folder)
-    try:
-        with os.fdopen(number, "r+b") as file:
-            _allocate(file.fileno(), size)
-        whole = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
-    finally:
-        with suppress(OSError):  # Windows keeps a file that is mapped
-            Path(name).unlink()
+    whole = _mapped(Path(folder or ".") / kept, size) if kept else _unnamed(folder, size)
     return [
         whole[start : start + column.bytes * slots].view(column.stored).view(slots, *column.laid)
         for start, column in zip(starts, columns, strict=True)
     ]
 
 
-def _allocate(number: int, size: int) -> None:
+def _unnamed(folder: str | Path | None, size: int) -> torch.Tensor:
+    number, name = tempfile.mkstemp(prefix="lehr-cache-", dir=folder)
+    os.close(number)
+    try:
+        return _mapped(Path(name), size)
+    finally:
+        with suppress(OSError):  # Windows keeps a file that is mapped
+            Path(name).unlink()
+
+
+def _mapped(path: Path, size: int) -> torch.Tensor:
+    """The bytes of a file, which is made, or made longer, where it is shorter."""
+    with path.open("ab") as file:
+        begins = file.tell()
+        if begins < size:
+            _allocate(file.fileno(), size, begins)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+
+
+def _allocate(number: int, size: int, begins: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(number, 0, size)
         return
     block = bytes(2**20)
-    for start in range(0, size, len(block)):
+    for start in range(begins, size, len(block)):
         os.write(number, block[: size - start])
 
 
