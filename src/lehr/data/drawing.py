@@ -122,7 +122,7 @@ def probe(dataset: Dataset[Any], seed: int, *, n: int = 8, times: int = 3, fixed
 def who_draws(dataset: Dataset[Any], index: int = 0) -> str:
     """In words that a data set draws random numbers: its type, and which of its transforms do, where that can be found.
 
-    Sample `index` is made once more where the names of the transforms do not say it.
+    Sample `index` is made once more with each transform of a `Compose` watched; where that shows nothing, their names do.
 
     Example:
         >>> class Flowers(Dataset[int]):
@@ -131,8 +131,9 @@ def who_draws(dataset: Dataset[Any], index: int = 0) -> str:
         'Flowers draws random numbers (Dropout)'
     """
     inner = _innermost(dataset)
-    found = [type(one).__name__ for one in _transforms(inner) if _RANDOM_NAMES.search(type(one).__name__)]
-    found = list(dict.fromkeys(found or _caught(dataset, inner, index)))
+    named = (type(one).__name__ for one in _transforms(inner))
+    found = _caught(dataset, inner, index) or [name for name in named if _RANDOM_NAMES.search(name)]
+    found = list(dict.fromkeys(found))
     which = f" ({', '.join(map(printable, found[:_NAMED]))})" if found else ""
     return f"{_name(dataset)} draws random numbers{which}"
 
@@ -173,7 +174,7 @@ def _parts(transform: Any) -> Sequence[Any] | None:
         type(transform).__name__ == "StandardTransform"
     ):  # torchvision's pair of one for images and one for targets
         return [transform.transform, transform.target_transform]
-    if type(transform).__name__ == "Compose" and isinstance(getattr(transform, "transforms", None), list):
+    if _is_compose(transform):
         parts: list[Any] = transform.transforms
         return parts
     return None
@@ -181,10 +182,7 @@ def _parts(transform: Any) -> Sequence[Any] | None:
 
 def _caught(dataset: Any, inner: Any, index: int) -> list[str]:
     """The transforms of a `Compose` that draw while a sample is made, each called as it is, and watched."""
-    compose: Any = getattr(inner, "transform", None)
-    if type(compose).__name__ != "Compose" or not isinstance(getattr(compose, "transforms", None), list):
-        return []
-    own, found = compose.transforms, list[str]()
+    found: list[str] = []
 
     def watched(transform: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -196,15 +194,29 @@ def _caught(dataset: Any, inner: Any, index: int) -> list[str]:
 
         return call
 
+    own = [(compose, compose.transforms) for compose in _composes(getattr(inner, "transform", None))]
     try:
-        compose.transforms = [watched(one) for one in own]
+        for compose, transforms in own:
+            compose.transforms = [one if _is_compose(one) else watched(one) for one in transforms]
         with preserved():
             dataset[index]
     except Exception:  # then nothing is named
         found.clear()
     finally:
-        compose.transforms = own
+        for compose, transforms in own:
+            compose.transforms = transforms
     return found
+
+
+def _composes(transform: Any) -> list[Any]:
+    """A `Compose` and those within it."""
+    if not _is_compose(transform):
+        return []
+    return [transform, *(inner for one in transform.transforms for inner in _composes(one))]
+
+
+def _is_compose(transform: Any) -> bool:
+    return type(transform).__name__ == "Compose" and isinstance(getattr(transform, "transforms", None), list)
 
 
 def _known_by(sample: Any) -> str:
