@@ -53,6 +53,28 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: stage(train=5), 'Stage: train: 5; expected a pattern such as "head", or a list of patterns'),
     (lambda: stage(train=["head", 5]), "train: ['head', 5]; expected a pattern"),
     (lambda: stage(train=""), "train: ''; expected a pattern"),
+    # views and caches
+    (
+        lambda: stage(views=0),
+        'Stage: views: 0; expected how many fixed views each sample has, 1 or more, or "fresh"',
+    ),
+    (lambda: stage(views=True), "Stage: views: True; expected how many fixed views"),
+    (lambda: stage(views=2.0), "Stage: views: 2.0; expected how many fixed views"),
+    (lambda: recipe(views="all"), "Recipe: views: 'all'; expected how many fixed views"),
+    (lambda: stage(cache="on"), "Stage: cache: 'on'; expected 'auto', 'off' or 'require'"),
+    (lambda: recipe(cache=True), "Recipe: cache: True; expected 'auto', 'off' or 'require'"),
+    (lambda: recipe(cache_budget=4), 'Recipe: cache_budget: 4 has no unit; write "4 GiB" or "4 MiB"'),
+    (
+        lambda: recipe(cache_budget="4 GiBs"),
+        "Recipe: cache_budget: '4 GiBs': unknown unit 'GiBs'; did you mean \"GiB\"",
+    ),
+    (lambda: recipe(cache_budget="0 MB"), "Recipe: cache_budget: '0 MB' is nothing at all"),
+    (
+        lambda: recipe(cache_dtype="float16"),
+        "Recipe: cache_dtype: 'float16'; expected 'fp32', 'fp16' or 'bf16'",
+    ),
+    (lambda: recipe(cache_exact=1), "Recipe: cache_exact: 1; expected true or false"),
+    (lambda: stage(cache_budget="1 GiB"), "no such key in a stage; it belongs to the recipe"),
     # lr
     (lambda: stage(lr=0), "Stage: lr: 0; expected a rate above 0, a number such as 1e-3"),
     (lambda: stage(lr="1e-3"), "lr: '1e-3'; expected a rate above 0, a number such as 1e-3"),

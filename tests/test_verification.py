@@ -254,6 +254,19 @@ def test_a_short_run_keeps_what_matters(lehr: Lehr) -> None:
     assert replace(short.recipe, stages=lengths) == job.recipe
 
 
+@pytest.mark.parametrize("views", [1, 2, 8])
+def test_a_short_run_has_few_views_that_come_again(lehr: Lehr, views: int) -> None:
+    """Of many fixed views two are left, and a stage has epochs enough that they come again, as a required cache needs."""
+    del lehr
+    stage = Stage("20 epochs", train="head", lr=1e-3, cache="require")
+    said = replace(RECIPE, stages=(stage,), views=views, batch_size=2, monitor="valid_loss")
+    _, short = short_of(said)
+    only = short.plan.stages[0]
+    assert (only.views, only.cache) == (min(views, 2), "require")
+    assert only.epochs > only.views
+    assert ("stage 1: 2 views of each sample instead of 8" in short.said) is (views == 8)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 32, 512])
 def test_a_short_run_of_any_batch_size(lehr: Lehr, batch_size: int) -> None:
     """However large the batches are against the data, a stage has six to twelve steps where it had more."""

@@ -104,10 +104,8 @@ def _class_at(loc: tuple[Any, ...], cls: type, rooms: Mapping[str, type]) -> typ
 
 def _no_such_key(key: str, cls: type, rooms: Mapping[str, type]) -> str:
     known = [f.name for f in fields(cls)]
-    hint = nearest(key, known)
-    if hint == ".":
-        others = [other for other in rooms.values() if key in {f.name for f in fields(other)}]
-        hint = f"; it belongs to the {others[0].__name__.lower()}." if others else hint
+    others = [other for other in rooms.values() if key in {f.name for f in fields(other)}]
+    hint = f"; it belongs to the {others[0].__name__.lower()}." if others else nearest(key, known)
     return f"no such key in {_A[cls.__name__]}{hint} Known: {', '.join(known)}"
 
 

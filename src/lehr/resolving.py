@@ -71,7 +71,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, *, samples: int, batches: int | N
             views=recipe.views if stage.views is None else stage.views,
             cache=recipe.cache if stage.cache is None else stage.cache,
         )  # fmt: skip
-        _check_cache(planned, whole=settings[index].get("", {}).keys() >= facts.by_name.keys())
+        _check_cache(planned, whole=len(settings[index].get("", {})) == len(facts.parameters))
         stages.append(_in_steps(recipe, planned))
     if stages[-1].stop > MOST_STEPS:
         raise RecipeError(

@@ -29,6 +29,7 @@ from lehr.shapes import Shape
 _STEPS_PER_EPOCH = Fraction(46, 10)  # of the stage with the smallest steps, so that its last one is not full
 _LEAST_PER_EPOCH = Fraction(26, 10)  # of the one with the largest
 _EPOCHS = 2
+_VIEWS = 2  # of each sample, where there are more, and one epoch more, so that views come again
 _FEW, _MOST = 6, 12  # steps of a stage, where the recipe has as many
 _VALIDATED = 32  # samples in a batch of validation, at least
 
@@ -46,7 +47,8 @@ class Short:
 def shortened(recipe: Recipe, plan: Plan, facts: ModelFacts, listing: Listing) -> Short:
     """The run of `recipe` on `listing`, made short.
 
-    Every stage keeps at most two epochs and twelve steps. The training samples are the first of each class, as
+    Every stage keeps at most two epochs and twelve steps; one with several fixed views two of them, and three
+    epochs. The training samples are the first of each class, as
     many as give a stage about five steps an epoch (three, where the stages' batches differ much); the samples
     to validate on make about two batches. A schedule that says more steps or epochs than a stage has left is
     scaled down with its stage.
@@ -70,7 +72,7 @@ def shortened(recipe: Recipe, plan: Plan, facts: ModelFacts, listing: Listing) -
     for stage, planned in zip(recipe.stages, plan.stages, strict=True):
         short = _short_stage(stage, stage.schedule or recipe.schedule, planned, len(train))
         stages.append(short)
-        said += _differences(stage, short, f"stage {planned.index + 1}")
+        said += _differences(stage, short, planned)
     few = replace(listing, train=train, valid=valid, findings=())
     made = replace(recipe, stages=tuple(stages))
     return Short(made, few, resolve(made, facts, samples=len(train)), tuple(said))
@@ -91,17 +93,23 @@ def _short_stage(stage: Stage, schedule: Schedule, planned: PlannedStage, sample
     said = (
         Duration(Fraction(planned.steps), "steps") if stage.clock == "run" else Duration.parse(stage.length)
     )
-    length = _short_length(said, per_epoch)
+    views = planned.views if planned.views == "fresh" else min(planned.views, _VIEWS)
+    length = _short_length(said, per_epoch, _EPOCHS + (views == _VIEWS))
     steps = length.steps(steps_per_epoch=per_epoch)
+    again = steps > per_epoch * (1 if views == "fresh" else views)
     fitting = _fitting(schedule, planned, steps, per_epoch)
     every = None if stage.every is None else str(_whole(min(planned.every, steps), "steps"))
     kept = stage.schedule if fitting == schedule else fitting
-    return replace(stage, length=str(length), schedule=kept, every=every, clock="stage")
+    return replace(
+        stage, length=str(length), schedule=kept, every=every, clock="stage",
+        views=stage.views if views == planned.views else views,
+        cache="auto" if planned.cache == "require" and not again else stage.cache,
+    )  # fmt: skip
 
 
-def _short_length(length: Duration, per_epoch: int) -> Duration:
-    """At most two epochs, or as many as make six steps; never more than twelve steps."""
-    epochs = max(_EPOCHS, -(-_FEW // per_epoch))
+def _short_length(length: Duration, per_epoch: int, epochs: int) -> Duration:
+    """At most so many epochs, or as many as make six steps; never more than twelve steps."""
+    epochs = max(epochs, -(-_FEW // per_epoch))
     short = Duration(min(length.amount, Fraction(epochs if length.unit == "epochs" else _MOST)), length.unit)
     most = min(_MOST, epochs * per_epoch)
     return short if short.steps(steps_per_epoch=per_epoch) <= most else Duration.parse(f"{most} steps")
@@ -147,10 +155,12 @@ def _whole(count: int, unit: Any) -> Duration:
     return Duration(Fraction(count), unit)
 
 
-def _differences(stage: Stage, short: Stage, where: str) -> list[str]:
-    said = []
+def _differences(stage: Stage, short: Stage, planned: PlannedStage) -> list[str]:
+    said, where = [], f"stage {planned.index + 1}"
     if stage.length != short.length:
         said.append(f"{where}: {short.length} instead of {stage.length}")
+    if stage.views != short.views:
+        said.append(f"{where}: {short.views} views of each sample instead of {planned.views}")
     if stage.schedule != short.schedule:
         said.append(f"{where}: its schedule, scaled down to fit: {short.schedule}")
     return said
