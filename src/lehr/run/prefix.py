@@ -1,0 +1,243 @@
+"""The part of a model's forward pass that is the same in each epoch, cut off: found, chosen by a caller, and run apart.
+
+`analyse` looks; `Analysis.split` cuts; `Halves` run. Whether the halves are the model is `proof`'s to say. It must not know
+data sets, losses, or where features are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lehr.run.cuts import Call, CannotSplit, Crossing, Cut, choose
+from lehr.run.cutting import Place, places
+from lehr.run.facts import named, unwrap
+from lehr.run.halving import Parts, Prefix, Suffix, halve
+from lehr.run.pureness import Source, below, purity
+from lehr.run.tracing import Form, Route, Traced, checked_form, trace
+from lehr.run.walking import Memory, filled, walk
+
+__all__ = ["Analysis", "Call", "CannotSplit", "Crossing", "Cut", "Halves", "analyse", "choose"]
+
+_ENOUGH = 0.2
+"""Below this share torch.export is asked, too: what torch.fx calls as a whole it looks into."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A model as prefix and suffix, which run its own modules with its own parameters, in the modes these are in.
+
+    `cut` is where; `code` is what both compute, as text; `reads` the parameters and buffers that decide the features.
+    """
+
+    cut: Cut
+    code: str
+    reads: tuple[torch.Tensor, ...]
+    stilled: tuple[str, ...]
+    form: Form
+    _spec: pytree.TreeSpec
+    _first: Prefix
+    _second: Suffix
+
+    def prefix(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """What crosses the cut, for these arguments of the model: tensors [batch, ...], without gradients.
+
+        Raises:
+            CannotSplit: where the model is called in another way than it was analysed for.
+        """
+        form, tensors = Form.of(args, kwargs)
+        if form != self.form:
+            raise CannotSplit("the model is called in another way than on the batch that was looked at first")
+        batch = len(tensors[0])
+        given = [t.clone() if n in self._first.written else t for n, t in enumerate(tensors)]
+        with torch.no_grad():
+            features, sizes = self._first.module.forward(*given)
+        if any(size != filled(value, batch) for size, value in zip(sizes, self._first.sizes, strict=True)):
+            raise CannotSplit("a size in the model does not grow with the batch in a simple way")
+        if any(len(feature) != batch for feature in features):
+            raise CannotSplit("what crosses the cut has not a row for each sample in a batch of this size")
+        return tuple(features)
+
+    def suffix(self, features: tuple[torch.Tensor, ...]) -> Any:
+        """What the model would have returned, with gradients for what trains. The features are not changed."""
+        given = [t.clone() if n in self._second.written else t for n, t in enumerate(features)]
+        leaves = self._second.module.forward(len(features[0]), *given)
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    def fast(self) -> Halves:
+        """The same with a prefix that may round differently: batch-norm folded into convolutions, channels last.
+
+        Where there is nothing to gain these halves themselves are given.
+        """
+        return self
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found of a model: the `cuts` of which none is worse than another in both share and bytes, the largest share
+    first; how it was traced; and the paths of dropouts that have to run in eval mode, since only what is frozen follows.
+    """
+
+    cuts: tuple[Cut, ...]
+    route: Route
+    stilled: tuple[str, ...]
+    _parts: Parts
+    _places: tuple[Place, ...]
+
+    def split(self, cut: Cut) -> Halves:
+        """The halves of the model at one of the `cuts`.
+
+        Raises:
+            CannotSplit: where it cannot be cut there after all.
+        """
+        place = next(place for place in self._places if place.cut is cut)
+        try:
+            first, second = halve(self._parts, place)
+        except CannotSplit:
+            raise
+        except Exception as error:
+            raise CannotSplit(
+                f"the model cannot be cut behind {cut.after} ({type(error).__name__})"
+            ) from error
+        traced = self._parts.traced
+        reads = tuple({id(t): t for t in (*first.reads, *second.reads)}.values())
+        return Halves(cut, _code(traced, cut), reads, self.stilled, traced.form, traced.spec, first, second)
+
+
+def analyse(model: nn.Module, call: Call, *, trained: frozenset[str]) -> Analysis:
+    """Where `model`, in the mode it is in, can be cut before all that trains. The model is afterwards as before.
+
+    Args:
+        model: the model; also inside `torch.compile` or `DistributedDataParallel`.
+        call: one call of it on a real batch, of three samples or more if possible.
+        trained: the parameters that train, named as `lehr.inspect` names them.
+
+    Returns:
+        The analysis, with at least one cut.
+
+    Raises:
+        CannotSplit: where there is none; says why.
+    """
+    own = unwrap(model)
+    form, tensors = checked_form(call)
+    parameters = {n: p for n, p in named(own).items() if n in trained}
+    best: Analysis | None = None
+    reasons: list[CannotSplit] = []
+    for route in ("fx", "export"):
+        try:
+            found = _analysed(own, form, tensors, parameters, route)
+        except CannotSplit as error:
+            reasons.append(error)
+            continue
+        if best is None or found.cuts[0].share > best.cuts[0].share:
+            best = found
+        if best.cuts[0].share >= _ENOUGH:
+            break
+    if best is None:
+        raise reasons[-1]
+    return best
+
+
+def _analysed(
+    model: nn.Module, form: Form, tensors: list[torch.Tensor], trained: Mapping[str, nn.Parameter], route: Any
+) -> Analysis:  # fmt: skip
+    parts = _parts(model, form, tensors, trained, route, frozenset())
+    if stilled := _to_still(parts, model):
+        parts = _parts(model, form, tensors, trained, route, stilled)
+    found = places(parts.traced, parts.seen, parts.found)
+    if not found:
+        raise CannotSplit(_why_nothing(parts, trained))
+    return Analysis(tuple(p.cut for p in found), route, tuple(sorted(parts.stilled)), parts, found)
+
+
+def _parts(
+    model: nn.Module, form: Form, tensors: list[torch.Tensor], trained: Mapping[str, nn.Parameter], route: Any,
+    stilled: frozenset[str],
+) -> Parts:  # fmt: skip
+    with in_eval(model, stilled):
+        traced = trace(model, form, tensors, route)
+        memory = Memory.of(model)
+        seen = walk(traced, model, tensors, memory)
+    groups = memory.of_state(trained.values())
+    return Parts(traced, seen, purity(traced, seen, groups), stilled)
+
+
+@contextmanager
+def in_eval(model: nn.Module, paths: frozenset[str] | tuple[str, ...]) -> Iterator[None]:
+    """The modules at these paths are in eval mode for the time being."""
+    modules = [m for path in paths for m in model.get_submodule(path).modules()]
+    modes = [m.training for m in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _to_still(parts: Parts, model: nn.Module) -> frozenset[str]:
+    """The modules without parameters that draw random numbers although nothing that trains comes before them, and
+    something frozen comes after, before anything that trains: they belong to the frozen part, and are off in it.
+    """
+    trained = {n for s in parts.found.sources if s.kind == "trained" for n in (s.node, *below(s.node))}
+    stilled = set()
+    for source in parts.found.sources:
+        if source.kind != "random" or source.node in trained:
+            continue
+        path = next(iter(reversed(parts.traced.path(source.node))), "")
+        module = model.get_submodule(path) if path else model
+        if not path or not module.training or any(True for _ in module.parameters()):
+            continue
+        if any(_uses_parameter(parts, node) for node in below(source.node) if node not in trained):
+            stilled.add(path)
+    return frozenset(stilled)
+
+
+def _uses_parameter(parts: Parts, node: fx.Node) -> bool:
+    held = [
+        parts.traced.target(n) for n in (node, *node.all_input_nodes) if n.op in ("get_attr", "call_module")
+    ]
+    return any(
+        isinstance(h, nn.Parameter) or (isinstance(h, nn.Module) and any(True for _ in h.parameters()))
+        for h in held
+    )
+
+
+def _why_nothing(parts: Parts, trained: Mapping[str, nn.Parameter]) -> str:
+    """The first thing that keeps everything behind it from being kept."""
+    number = {node: n for n, node in enumerate(parts.seen)}
+    sources = sorted(
+        parts.found.sources, key=lambda s: min((number[u] for u in s.node.users if u in number), default=0)
+    )
+    if not sources:
+        return "nothing of the model lies before what trains"
+    first = sources[0]
+    where = (parts.traced.path(first.node) or ("the model's own forward",))[-1]
+    if first.kind == "trained":
+        return _why_trained(parts, first, trained)
+    if first.kind == "random":
+        return f"nothing to cache: {where} draws random numbers before anything frozen is computed; put it in eval mode"
+    if first.kind == "batch":
+        return f"nothing to cache: {where} mixes the samples of a batch; freeze it, or put it in eval mode"
+    return f"nothing to cache: {where} changes the model's own state while it runs; freeze it, or put it in eval mode"
+
+
+def _why_trained(parts: Parts, first: Source, trained: Mapping[str, nn.Parameter]) -> str:
+    held = parts.traced.target(first.node) if first.node.op in ("get_attr", "call_module") else None
+    inside = {id(p) for p in held.parameters()} if isinstance(held, nn.Module) else {id(held)}
+    name = next((n for n, p in trained.items() if id(p) in inside), "a parameter that trains")
+    return f"nothing to cache: {name} trains and is used first"
+
+
+def _code(traced: Traced, cut: Cut) -> str:
+    """What the model computes and where it is cut, as text that another process would come to as well."""
+    named = tuple((c.name, c.shape, str(c.dtype)) for c in cut.crossings)
+    return f"{traced.route} {hashlib.blake2b(str(traced.graph).encode(), digest_size=16).hexdigest()} {cut.after} {named}"

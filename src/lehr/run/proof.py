@@ -1,0 +1,214 @@
+"""The self-check of a cut model on a real batch: whether its halves are the model. Everything is afterwards as before.
+
+It must not know how the halves were made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lehr.run.cuts import Call, CannotSplit
+from lehr.run.facts import named, unwrap
+from lehr.run.prefix import Halves, in_eval
+from lehr.run.randomness import Randomness, RandomState
+from lehr.run.tracing import Form, without_caches
+from lehr.run.walking import near, state_kept, tolerance
+
+Judged = Callable[[Any], torch.Tensor]
+_TINY = 1e-6
+"""Losses that are no further apart than this are equal: one near 0 is all rounding."""
+_SMALL_PART = 1e-3
+"""A parameter whose gradient is less than this share of all gradients is compared with that: it may be all rounding."""
+
+
+def prove(
+    model: nn.Module, halves: Halves, call: Call, *, loss: Judged | None, store: torch.dtype | None
+) -> None:
+    """Check the halves against the model.
+
+    Args:
+        model: the model, in the mode in which it was analysed.
+        halves: its halves.
+        call: a call of it on a real batch.
+        loss: in training: calls what it is given once as the model, and returns the loss. None in evaluation, where the
+            outputs are compared.
+        store: the type in which features will be stored, if that is narrower; None: as they are.
+
+    Raises:
+        CannotSplit: where something is off, in words. The model, its gradients and all random states are as before then, too.
+    """
+    own = unwrap(model)
+    form, tensors = Form.of(call.args, call.kwargs)
+    device = tensors[0].device
+    checks = _Checks(model, halves, form, tensors, Randomness(device), tolerance(device))
+    with ExitStack() as kept:
+        for one in (
+            state_kept(own, device),
+            _tensors_kept(tensors),
+            in_eval(own, halves.stilled),
+            without_caches(own),
+        ):
+            kept.enter_context(one)
+        torch.clear_autocast_cache()
+        try:
+            features = checks.features(tensors)
+            checks.stored(features, store)
+            checks.samples(features)
+            checks.outputs(features) if loss is None else checks.training(features, loss)
+        except CannotSplit:
+            raise
+        except Exception as error:
+            raise CannotSplit(
+                f"the model cut behind {halves.cut.after} does not run ({type(error).__name__})"
+            ) from error
+        finally:
+            torch.clear_autocast_cache()
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """The checks of one pair of halves; `near` is how far two computations of the same may be apart."""
+
+    model: nn.Module
+    halves: Halves
+    form: Form
+    tensors: list[torch.Tensor]
+    randomness: Randomness
+    near: float
+
+    def features(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What the prefix gives, which is to change nothing by the way."""
+        args, kwargs = self.form.call(tensors)
+        state = [*self.model.parameters(), *self.model.buffers()]
+        versions, before = [t._version for t in state], self.randomness.take()
+        features = self.halves.prefix(*args, **kwargs)
+        if versions != [t._version for t in state]:
+            raise CannotSplit(f"the part up to {self.after} changes the model's own state")
+        if not _same_state(before, self.randomness.take()):
+            raise CannotSplit(f"the part up to {self.after} draws random numbers")
+        return features
+
+    @property
+    def after(self) -> str:
+        return self.halves.cut.after
+
+    def samples(self, features: tuple[torch.Tensor, ...]) -> None:
+        """A sample's features are to be the same in another order of the batch, and alone."""
+        count = len(self.tensors[0])
+        turned = torch.arange(count - 1, -1, -1, device=self.tensors[0].device)
+        orders = {"in another order": turned, "alone": turned[:1]}
+        for how, order in orders.items():
+            again = self.features([t[order.to(t.device)] for t in self.tensors])
+            for one, other in zip(features, again, strict=True):
+                if not near(one[order.to(one.device)], other, self.near):
+                    raise CannotSplit(
+                        f"a sample's features up to {self.after} are others when its batch is {how}, so they depend on the "
+                        "samples beside it; a layer that mixes samples has to be behind what is frozen"
+                    )
+
+    def stored(self, features: tuple[torch.Tensor, ...], store: torch.dtype | None) -> None:
+        """Nothing is to overflow in the type in which it is stored."""
+        for feature in features:
+            if store is None or not feature.is_floating_point() or store.itemsize >= feature.dtype.itemsize:
+                continue
+            if not feature.to(store)[feature.isfinite()].isfinite().all():
+                raise CannotSplit(
+                    f"features up to {self.after} are too large for {str(store).removeprefix('torch.')}; "
+                    'cache_dtype = "fp32" holds them'
+                )
+
+    def outputs(self, features: tuple[torch.Tensor, ...]) -> None:
+        """The suffix is to return what the model returns."""
+        args, kwargs = self.form.call([t.clone() for t in self.tensors])
+        with torch.no_grad():
+            whole, its_form = pytree.tree_flatten(self.model(*args, **kwargs))
+            ours, our_form = pytree.tree_flatten(self.halves.suffix(features))
+        if its_form != our_form or not all(map(self._equal, whole, ours)):
+            raise CannotSplit(
+                f"the model cut behind {self.after} returns something else than the whole model"
+            )
+
+    def training(self, features: tuple[torch.Tensor, ...], loss: Judged) -> None:
+        """The loss, the gradients, what else changes, and the random numbers drawn are to be those of the whole model."""
+        state = self.randomness.take()
+        whole, ours = (
+            _step(self.model, loss, f, self.randomness, state)
+            for f in (self.model, lambda *_, **__: self.halves.suffix(features))
+        )
+        if not near(whole.loss, ours.loss, self.near) and abs(float(whole.loss - ours.loss)) > _TINY:
+            raise CannotSplit(
+                f"the loss is another when the model is cut behind {self.after} ({float(ours.loss):.6g} for "
+                f"{float(whole.loss):.6g})"
+            )
+        size = _norm(g for g in whole.gradients.values() if g is not None)
+        for name, expected in whole.gradients.items():
+            found = ours.gradients[name]
+            if (expected is None) != (found is None) or (
+                expected is not None and found is not None
+                and _norm([found - expected]) > self.near * max(_norm([expected]), _SMALL_PART * size)
+            ):  # fmt: skip
+                raise CannotSplit(f"{name} gets another gradient when the model is cut behind {self.after}")
+        for name, buffer in whole.buffers.items():
+            if name not in ours.buffers or not near(buffer, ours.buffers[name], self.near):
+                raise CannotSplit(
+                    f"the buffer {name} changes otherwise when the model is cut behind {self.after}"
+                )
+        if not _same_state(whole.random, ours.random):
+            raise CannotSplit(
+                f"fewer random numbers are drawn when the model is cut behind {self.after}: its forward draws some of its own"
+            )
+
+    def _equal(self, one: Any, other: Any) -> bool:
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+            return near(one, other, self.near)
+        return type(one) is type(other) and bool(one == other)
+
+
+@dataclass(frozen=True)
+class _Step:
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+    buffers: dict[str, torch.Tensor]
+    random: RandomState
+
+
+def _step(model: nn.Module, loss: Judged, called: Any, randomness: Randomness, state: RandomState) -> _Step:
+    """A training step up to its gradients, from these random states on; buffers are afterwards as before."""
+    trained = {n: p for n, p in named(model).items() if p.requires_grad}
+    buffers = dict(unwrap(model).named_buffers())
+    versions = {n: b._version for n, b in buffers.items()}
+    with state_kept(unwrap(model), randomness.device):
+        randomness.put(state)
+        value = loss(called)
+        found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+        changed = {n: b.clone() for n, b in buffers.items() if b._version != versions[n]}
+        return _Step(value.detach(), dict(zip(trained, found, strict=True)), changed, randomness.take())
+
+
+@contextmanager
+def _tensors_kept(tensors: list[torch.Tensor]) -> Iterator[None]:
+    """The inputs are afterwards as before, where the model writes to them."""
+    before = [(t, t._version, t.clone()) for t in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, version, copy in before:
+                if tensor._version != version:
+                    tensor.copy_(copy)
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(t.detach().double().norm()) ** 2 for t in tensors))
+
+
+def _same_state(one: RandomState, other: RandomState) -> bool:
+    return one.plain == other.plain and all(torch.equal(t, other.tensors[n]) for n, t in one.tensors.items())

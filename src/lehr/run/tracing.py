@@ -1,0 +1,381 @@
+"""From a model and one call of it to a graph of what it computes: torch.fx first, torch.export second.
+
+The graph's inputs are the tensors of the call, in order; its output is a tuple of the leaves of what the model returns.
+It must not know cuts. The model is afterwards as before, and nothing is printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+import torchvision
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lehr.run.cuts import Call, CannotSplit
+from lehr.run.structure import clean
+
+Route = Literal["fx", "export"]
+_OWN = "model"
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
+_TORCHVISION = ("DeformConv2d", "FrozenBatchNorm2d", "MultiScaleRoIAlign", "PSRoIAlign", "PSRoIPool",
+                "RoIAlign", "RoIPool", "StochasticDepth", "DropBlock2d", "DropBlock3d")  # fmt: skip
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.TransformerEncoder, nn.TransformerDecoder)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is called: the tree of its arguments, and the leaves that are no tensors (a tensor's place holds None)."""
+
+    spec: pytree.TreeSpec
+    is_tensor: tuple[bool, ...]
+    plain: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Any) -> tuple[Form, list[torch.Tensor]]:
+        """The form of a call, and its tensors."""
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        is_tensor = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        plain = tuple(None if t else leaf for leaf, t in zip(leaves, is_tensor, strict=True))
+        return cls(spec, is_tensor, plain), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with these tensors."""
+        rest = iter(tensors)
+        leaves = [next(rest) if t else leaf for leaf, t in zip(self.plain, self.is_tensor, strict=True)]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a model computes. `spec` is the tree of its output, whose leaves are the graph's output in order; `owner` holds
+    what the graph's targets name; `path` says in which modules a node lies, outermost first.
+    """
+
+    graph: fx.Graph
+    owner: nn.Module
+    form: Form
+    spec: pytree.TreeSpec
+    route: Route
+
+    @property
+    def output(self) -> fx.Node:
+        """The graph's last node."""
+        found: fx.Node = next(node for node in self.graph.nodes if node.op == "output")
+        return found
+
+    def target(self, node: fx.Node) -> Any:
+        """What a get_attr or call_module node names."""
+        found: Any = self.owner
+        for step in str(node.target).split("."):
+            found = getattr(found, step)
+        return found
+
+    def path(self, node: fx.Node) -> tuple[str, ...]:
+        """The modules that `node` lies in, as paths of the person's model, outermost first; without the model itself."""
+        stack = [str(value[0]) for value in (node.meta.get("nn_module_stack") or {}).values()]
+        if node.op == "call_module":
+            stack.append(str(node.target))
+        return tuple(dict.fromkeys(filter(None, map(own_path, stack))))
+
+
+def own_path(name: str) -> str:
+    """A name in the graph as a path in the person's model; "" for the model itself."""
+    name = clean(name.replace("L['self'].", "").replace("L['self']", ""))
+    return "" if name == _OWN else name.removeprefix(f"{_OWN}.")
+
+
+def checked_form(call: Call) -> tuple[Form, list[torch.Tensor]]:
+    """The form of a call and its tensors, which all have the same number of samples.
+
+    Raises:
+        CannotSplit: for anything else.
+    """
+    form, tensors = Form.of(call.args, call.kwargs)
+    for leaf, is_tensor in zip(form.plain, form.is_tensor, strict=True):
+        if not is_tensor and not isinstance(leaf, _PLAIN):
+            raise CannotSplit(
+                f"the model is called with a {type(leaf).__name__}; only tensors, and lists, tuples and dicts of them, "
+                "can be followed through it"
+            )
+    if not tensors or any(not t.ndim for t in tensors):
+        raise CannotSplit("the model is called without a tensor that has a row for each sample")
+    if len({len(t) for t in tensors}) > 1 or _is_listed(call):
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
+        raise CannotSplit(
+            f"the model's inputs do not have a row for each sample (their shapes are {shapes}); a list of pictures cannot "
+            "be cut into samples, one tensor [batch, ...] can"
+        )
+    return form, tensors
+
+
+def trace(model: nn.Module, form: Form, tensors: Sequence[torch.Tensor], route: Route) -> Traced:
+    """The graph of `model` in the mode it is in, for calls of this form.
+
+    Raises:
+        CannotSplit: where it cannot be traced this way.
+    """
+    root = _Flat(model, form)
+    with quiet(), kept_as_it_is(model) as changed, _without_compiling(model), torch.no_grad():
+        try:
+            traced = (_by_fx if route == "fx" else _by_export)(root, tensors)
+        except Exception as error:
+            raise CannotSplit(
+                f"the model cannot be traced ({_reason(error)}); a branch on the values of a tensor, for example, has no "
+                "fixed graph"
+            ) from error
+    if changed:
+        raise CannotSplit(
+            f"the model keeps tensors of a forward pass in its attribute {changed[0]}; return them instead, for a prefix "
+            "that is not run keeps none"
+        )
+    return traced
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that is done here warns, logs or prints."""
+    off = logging.root.manager.disable
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(off)
+
+
+@contextlib.contextmanager
+def kept_as_it_is(model: nn.Module) -> Iterator[list[str]]:
+    """Attributes of the model's modules are afterwards what they were; names those that had come to hold tensors.
+
+    Values are not copied: what is changed in place stays changed (`state_kept` in `walking` is for that).
+    """
+    before = [(path, module, _shallow(module)) for path, module in model.named_modules()]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for path, module, old in before:
+            changed += [f"{path}.{name}" if path else name for name in _put_back(module, old)]
+
+
+class _Returned:
+    """The form of what the model returned. No dict: torch.export would put what is in it back."""
+
+    spec: pytree.TreeSpec
+    plain: list[Any]
+    computed: list[bool]
+
+
+class _Flat(nn.Module):
+    """The model as a function from tensors to the tuple of its output's leaves."""
+
+    def __init__(self, model: nn.Module, form: Form) -> None:
+        super().__init__()
+        self.model = model
+        self.form = form
+        self.returned = _Returned()
+
+    def forward(self, *tensors: Any) -> Any:
+        """Calls the model; what is no tensor in its output is set aside."""
+        args, kwargs = self.form.call(tensors)
+        leaves, spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        for leaf in leaves:
+            if not isinstance(leaf, (*_PLAIN, torch.Tensor, fx.Proxy, torch.SymInt)):
+                raise TypeError(f"it returns a {type(leaf).__name__}")
+        computed = [_is_computed(leaf) for leaf in leaves]
+        plain = [None if c else leaf for leaf, c in zip(leaves, computed, strict=True)]
+        self.returned.spec, self.returned.plain, self.returned.computed = spec, plain, computed
+        return tuple(leaf for leaf in leaves if _is_computed(leaf))
+
+
+def _is_computed(leaf: Any) -> bool:
+    return isinstance(leaf, (torch.Tensor, fx.Proxy, torch.SymInt))
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's tracer with the leaves of torchvision and timm, and one placeholder for each tensor."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self, count: int, leaves: tuple[type, ...], functions: tuple[Callable[..., Any], ...]
+    ) -> None:
+        searched: Any = (math, torchvision.ops)
+        super().__init__(autowrap_modules=searched, autowrap_functions=functions, param_shapes_constant=True)
+        self.count, self.leaves = count, leaves
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
+        """The wrapper, and a placeholder for each of its tensors."""
+        made = [self.create_proxy("placeholder", f"input_{n}", (), {}) for n in range(self.count)]
+        return root_fn, [self.root, *made]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """What is called as a whole."""
+        if isinstance(m, _CONTAINERS):
+            return False
+        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _by_fx(root: _Flat, tensors: Sequence[torch.Tensor]) -> Traced:
+    leaves, functions = _notraced()
+    ops = tuple(getattr(torchvision.ops, name) for name in _TORCHVISION if hasattr(torchvision.ops, name))
+    graph = _Tracer(len(tensors), (*ops, *leaves), functions).trace(root)
+    return _finished(graph, root, root, "fx")
+
+
+def _notraced() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
+    """What timm says that fx cannot look into."""
+    models: Any = import_module("timm.models")
+    return tuple(models.get_notrace_modules()), tuple(models.get_notrace_functions())
+
+
+def _by_export(root: _Flat, tensors: Sequence[torch.Tensor]) -> Traced:
+    batch = torch.export.Dim.AUTO
+    shapes = ({0: batch},) * len(tensors)
+    with _without_caches(root.model), _without_autocast(tensors):
+        program = torch.export.export(root, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+    unguarded = (
+        {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
+    )
+    module = program.module(**unguarded)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(module.graph, copied)
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    graph.output(fx.node.map_arg(output.args[0], copied.__getitem__))
+    _swap_in(module, root)
+    return _finished(graph, module, root, "export")
+
+
+def _swap_in(module: nn.Module, root: _Flat) -> None:
+    """The person's own parameters and buffers where the exported module has them under their names."""
+    for name, tensor in (
+        *root.named_parameters(remove_duplicate=False),
+        *root.named_buffers(remove_duplicate=False),
+    ):
+        *steps, last = name.split(".")
+        holder: Any = module
+        for step in steps:
+            holder = getattr(holder, step, None)
+        if holder is not None and isinstance(getattr(holder, last, None), torch.Tensor):
+            (holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers)[last] = tensor
+
+
+def _finished(graph: fx.Graph, owner: nn.Module, root: _Flat, route: Route) -> Traced:
+    """Assertions are left out: they would be of no use to the suffix, and some are about types that autocast changes."""
+    returned = root.returned
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op == "call_function" and "assert" in getattr(node.target, "__name__", ""):
+            graph.erase_node(node)
+    output = next(node for node in graph.nodes if node.op == "output")
+    computed = iter(output.args[0])
+    output.args = (
+        tuple(next(computed) if c else p for p, c in zip(returned.plain, returned.computed, strict=True)),
+    )
+    return Traced(graph, owner, root.form, returned.spec, route)
+
+
+@contextlib.contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Configurations of transformers' kind say `use_cache`, whose caches no graph can return: off for the time being."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    found = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}
+    try:
+        for config in found.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in found.values():
+            config.use_cache = True
+
+
+without_caches = _without_caches
+
+
+@contextlib.contextmanager
+def _without_compiling(model: nn.Module) -> Iterator[None]:
+    """Modules that `module.compile()` was called on are run as they are written."""
+    compiled = [m for m in model.modules() if m.__dict__.get("_compiled_call_impl") is not None]
+    before = [m.__dict__.pop("_compiled_call_impl") for m in compiled]
+    try:
+        yield
+    finally:
+        for module, call in zip(compiled, before, strict=True):
+            module.__dict__["_compiled_call_impl"] = call
+
+
+def _without_autocast(tensors: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[object]:
+    """A graph is written down in the types of its inputs; autocast works where it is run."""
+    return torch.autocast(tensors[0].device.type, enabled=False)
+
+
+def _is_listed(call: Call) -> bool:
+    """Whether an argument is a list of tensors: there a sample is an element and not a row."""
+    given = (*call.args, *call.kwargs.values())
+    return any(isinstance(a, (list, tuple)) and any(isinstance(t, torch.Tensor) for t in a) for a in given)
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, cut short."""
+    lines = str(error).strip().splitlines() or [""]
+    first = lines[0] if len(lines[0]) <= 120 else f"{lines[0][:117]}..."
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+_LISTS = ("_parameters", "_buffers", "_modules")
+
+
+def _shallow(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's attributes, and what is in those that are lists, dicts or sets."""
+    own = dict(module.__dict__)
+    return own, {name: value.copy() for name, value in own.items() if type(value) in (list, dict, set)}
+
+
+def _put_back(module: nn.Module, before: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
+    own, inside = before
+    now = module.__dict__
+    held = [n for n, v in now.items() if (n not in own or v is not own[n]) and _holds_tensor(v)]
+    for name in [n for n in now if n not in own]:
+        del now[name]
+    for name, value in own.items():
+        if now.get(name, now) is not value:
+            now[name] = value
+    for name, old in inside.items():
+        value = own[name]
+        if len(value) != len(old) or not _same(value, old):
+            held += [name] if name not in _LISTS or _holds_tensor(value) else []
+            value.clear()
+            value.extend(old) if isinstance(value, list) else value.update(old)
+    return held
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(v is other[k] for k, v in one.items())
+    if isinstance(one, set):
+        return bool(one == other)
+    return all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _holds_tensor(value: Any) -> bool:
+    parts = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+    )
+    return any(isinstance(part, (torch.Tensor, fx.Proxy)) for part in parts)
