@@ -165,15 +165,22 @@ _ABOUT = {
     "layer_decay": "The further a layer is from the head, the lower its rate, by this factor a layer.",
     "lr_rule": '"linear": rates follow the number of images in a step.',
     "accumulate": "Batches whose gradients make one step.",
+    "views": 'How many fixed random versions each image has, one an epoch in turn, or "fresh".',
+    "cache": "Whether what a stage does not train is computed once for each view: auto, off, require.",
+    "cache_budget": "The most memory that caches may take.",
+    "cache_dtype": "The narrowest type that a cache may store: fp32, fp16, bf16.",
+    "cache_exact": "Whether what is cached is computed to the same bits as the model's own.",
 }
 _STAGES = (
     "The stages: how long (in epochs or steps), what trains (patterns; one with a ! takes away), and its "
     "peak rate, or one for each pattern. All else is frozen. A stage may have its own schedule, batch_size, accumulate, weight_decay, "
-    'layer_decay, restore_best, and end on evidence: until = "train_error < 0.80".'
+    'layer_decay, restore_best, and end on evidence: until = "train_error < 0.80". With views = 4 each image has four fixed '
+    "random versions, so that what is frozen is computed once for each."
 )
 _MORE = (
     'More keys: ema = 0.999 (average of the weights), min_lr = 1e-6, patience = "5 epochs" (stop early), '
-    'layer_decay = 0.75 (lower rates far from the head), lr_rule = "linear" (rates follow the batch size).'
+    'layer_decay = 0.75 (lower rates far from the head), lr_rule = "linear" (rates follow the batch size), '
+    'cache = "off", cache_budget = "4 GiB".'
 )
 
 

@@ -46,12 +46,12 @@ class Tap:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
         self._beside: DataLoader[Any] | None = None
-        self._recorder = _Recorder(loader.batch_sampler)
+        self._recorder = _Recorder(getattr(loader, "batch_sampler", None))
         self._is_watched = self._has_begun = False
 
     def plain(self) -> Iterator[Any]:
         """The batches of the next epoch."""
-        return self._begun(self._loader)
+        return self._begun(self._loader) if self._has_begun else iter(self._loader)
 
     def tapped(self, watch: Watch | None = None) -> Iterator[tuple[torch.Tensor, Any]]:
         """The batches of the next epoch, each with the indices of its samples, always in order.
