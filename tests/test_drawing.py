@@ -17,7 +17,7 @@ from torchvision import transforms as v1
 from torchvision.datasets import FakeData
 from torchvision.transforms import v2
 
-from lehr.data import Transform, open_data
+from lehr.data import Transform, drawing, open_data
 from lehr.data.datasets import pure
 from lehr.data.drawing import Collating, Watched, can_draw, probe, who_draws
 from lehr.run.randomness import Randomness
@@ -197,6 +197,18 @@ def test_another_bit_generator_of_numpy_is_compared_as_well() -> None:
         assert not Watched(Drawn(nothing))[0].drew
     finally:
         np.random.set_bit_generator(before)
+
+
+def test_numpys_state_is_read_where_it_lies() -> None:
+    """Each kind of draw from numpy's usual generator is seen in the bytes that are read, and a new seed is."""
+    assert drawing._lies_as_known()
+    np.random.seed(1)
+    states = [drawing._numpy_state()]
+    for draw in (np.random.rand, np.random.randn, lambda: np.random.randint(5), lambda: np.random.seed(2)):
+        draw()
+        states.append(drawing._numpy_state())
+    assert len(set(states)) == 5
+    assert drawing._numpy_state() == states[-1]
 
 
 # --- while samples are made ---

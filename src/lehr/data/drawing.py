@@ -7,9 +7,12 @@ that a data set keeps for itself; one of these that changes a sample rarely can 
 
 from __future__ import annotations
 
+import ctypes
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +30,7 @@ _RANDOM_NAMES = re.compile(
     "random|jitter|augment|augmix|erasing|mixup|cutmix|elastic|blur|noise|dropout", re.IGNORECASE
 )
 _NAMED = 3  # of the transforms that draw
+_KEY_BYTES = 624 * 4  # of a Mersenne twister
 
 
 class Marked(NamedTuple):
@@ -227,7 +231,28 @@ def _known_by(sample: Any) -> str:
 
 
 def _states() -> tuple[torch.Tensor, Any, Any]:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)
+    return torch.get_rng_state(), random.getstate(), _numpy_state()
+
+
+def _numpy_state() -> Any:
+    """The state of numpy's global generator. Of its usual one the bytes are read where they lie: numpy takes as long to
+    hand them out as many a sample takes to be made.
+    """
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # numpy forgets to name it
+    if type(generator) is np.random.MT19937 and _lies_as_known():
+        return ctypes.string_at(generator.ctypes.state_address, _KEY_BYTES + 4)
+    return np.random.get_state(legacy=False)
+
+
+@cache
+def _lies_as_known() -> bool:
+    """Whether a Mersenne twister has its 624 words and then its position where `_numpy_state` reads them."""
+    generator = np.random.MT19937(1)
+    generator.random_raw(3)
+    state = generator.state["state"]
+    found = ctypes.string_at(generator.ctypes.state_address, _KEY_BYTES + 4)
+    wanted: bytes = state["key"].astype(np.uint32).tobytes() + int(state["pos"]).to_bytes(4, sys.byteorder)
+    return found == wanted
 
 
 def _are_equal(a: tuple[torch.Tensor, Any, Any], b: tuple[torch.Tensor, Any, Any]) -> bool:

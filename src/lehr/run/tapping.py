@@ -23,9 +23,10 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
 )
 
-from lehr.data.drawing import Collating, Watched, who_draws
+from lehr.data.drawing import Collating, Watched, can_draw, who_draws
 from lehr.data.purity import preserved
 from lehr.errors import DataError
 from lehr.untrusted import brief
@@ -57,8 +58,10 @@ class Tap:
         """The batches of the next epoch, each with the indices of its samples, always in order.
 
         Args:
-            watch: is told of each sample that drew random numbers while it was made: who did.
+            watch: is told of each batch that drew random numbers while it was made: who did.
         """
+        if not can_draw(self._loader.dataset) and self._loader.collate_fn is default_collate:
+            watch = None
         if self._beside is None or self._is_watched != bool(watch):
             self._beside, self._is_watched = self._copy(watched=bool(watch)), bool(watch)
         batches = self._begun(self._beside)
