@@ -10,7 +10,6 @@ one is shown beside it. The rivals are in flowers_rivals.py.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -27,23 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.model_selection import train_test_split
 
 from flowers_rivals import Item, Outcome, Settings, hand_loop, linear_probe
+from flowers_split import Split, hash_of, lay_out, split_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SHARED = ROOT.parent / "shared"
-ENDINGS = (".jpg", ".jpeg", ".png")
 WHO = ("probe", "hand", "lehr")
-
-Split = Mapping[str, Sequence[str]]
 
 
 def main() -> int:
     asked = _arguments()
     torch.set_num_threads(asked.threads)
-    split = _split(asked.data, asked.split, asked.split_seed)
+    split = split_of(asked.data, asked.split, asked.split_seed)
     classes = sorted({Path(path).parts[0] for path in split["train"]})
     halves = [[(asked.data / p, classes.index(Path(p).parts[0])) for p in split[h]] for h in ("train", "val")]
     settings = Settings(
@@ -55,7 +51,7 @@ def main() -> int:
         found["probe"] = linear_probe(*halves, settings)
         _say(f"probe: {found['probe']}")
     with tempfile.TemporaryDirectory() as folder:
-        _lay_out(split, asked.data, Path(folder, "data"))
+        lay_out(split, asked.data, Path(folder, "data"))
         for seed in asked.seeds:
             for who in ("hand", "lehr"):
                 if who in asked.only:
@@ -68,7 +64,7 @@ def main() -> int:
         part = "" if set(asked.only) == set(WHO) else "-" + "-".join(asked.only)
         out = HERE / "results" / f"flowers{part}.json"
         out.parent.mkdir(exist_ok=True)
-        record = {"command": _command(), "versions": _versions(), "split": _hash(split), "found": found}
+        record = {"command": _command(), "versions": _versions(), "split": hash_of(split), "found": found}
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         out.with_suffix(".md").write_text(page + "\n", encoding="utf-8")
     return 0
@@ -113,32 +109,6 @@ def _rates(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-def _split(data: Path, said: Path | None, seed: int) -> Split:
-    """Paths below `data` for both halves."""
-    if said is not None:
-        split = json.loads(said.read_text(encoding="utf-8"))
-        return {half: sorted(split[half]) for half in ("train", "val")}
-    found = sorted(p for p in data.glob("*/*") if p.suffix.lower() in ENDINGS)
-    paths = [p.relative_to(data).as_posix() for p in found]
-    labels = [p.parent.name for p in found]
-    train, val = train_test_split(paths, test_size=0.2, stratify=labels, random_state=seed)
-    return {"train": sorted(train), "val": sorted(val)}
-
-
-def _hash(split: Split) -> str:
-    """A short name for the split, the same wherever the images lie."""
-    return hashlib.sha256(json.dumps(dict(split)).encode()).hexdigest()[:12]
-
-
-def _lay_out(split: Split, data: Path, folder: Path) -> None:
-    """The split as train/CLASS/FILE and val/CLASS/FILE, by links."""
-    for half, paths in split.items():
-        for path in paths:
-            link = folder / half / path
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((data / path).resolve())
-
-
 def _one(
     who: str,
     asked: argparse.Namespace,
@@ -181,7 +151,7 @@ def _page(found: Mapping[str, Any], asked: argparse.Namespace, split: Split) -> 
     head, everything = asked.epochs
     lines = [
         f"**Real images**: {asked.model} at {asked.size} px, {train} training and {val} validation images "
-        f"(split {_hash(split)}), {head} epochs of the head and {everything} of everything.",
+        f"(split {hash_of(split)}), {head} epochs of the head and {everything} of everything.",
         "",
         "| who | seeds | best epoch's valid accuracy: mean (each) | last epoch's | head stage's best | s |",
         "|---|---|---|---|---|---|",
