@@ -135,7 +135,7 @@ def run_one(setting: Setting, contestant: str, number: int, core: int | None) ->
         else:
             found = {"failed": f"exit code {done.returncode}: {done.stderr[-400:].decode(errors='replace')}"}
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    return Run(setting, contestant, number, found, core, now, round(os.getloadavg()[0], 2), _commit())
+    return Run(setting, contestant, number, found, core, now, round(os.getloadavg()[0], 2), commit())
 
 
 def cores(text: str) -> list[int | None]:
@@ -165,7 +165,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **single, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checkout's commit, with a plus where its sources have changed since."""
     git = ["git", "-C", str(ROOT)]
     try:
