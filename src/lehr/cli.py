@@ -260,9 +260,16 @@ def _difference(metric: str, tuned: float, scratch: float) -> str:
 @job_options
 @click.option("--json", "as_json", is_flag=True, help="Print plan.json instead of the page.")
 @click.option("--png", metavar="FILE", help="Draw the learning rates, too.")
-def plan(as_json: bool, png: str | None, **asked: Any) -> None:
+@click.option(
+    "--costs/--no-costs",
+    default=True,
+    help="Time a few steps of each stage: what it takes in seconds and memory, and what is computed only once.",
+)
+def plan(as_json: bool, png: str | None, costs: bool, **asked: Any) -> None:
     """Show what would train when, at which rate, without training."""
+    from lehr import job as jobs
     from lehr import plan_json
+    from lehr.costs import costs_text
 
     job = _prepared(_request(asked), fetch=False)
     if png:
@@ -273,6 +280,8 @@ def plan(as_json: bool, png: str | None, **asked: Any) -> None:
         click.echo(plan_json.dumps(job.plan.to_dict()), nl=False)
     else:
         click.echo("\n".join([str(job.plan), *(f"  - {note}" for note in job.notes)]))
+    if costs and not as_json and not any(job.plan.objectives):
+        click.echo("\n" + costs_text(tuple(jobs.costs(job))))
     if png:
         _say(f"drew {png}")
     if any(job.plan.objectives):  # names; their loss functions cannot stand in a file

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lehr.costs import StageCost
 from lehr.data import Data, Listing, Transform, open_data, reopened
 from lehr.defaults import default_augment, default_recipe
 from lehr.errors import CheckpointError, RecipeError, RequestError, RunError, nearest
@@ -31,13 +32,17 @@ from lehr.resolving import resolve
 from lehr.run.checkpoint import CheckpointFolder
 from lehr.run.facts import inspect
 from lehr.run.folder import RunFolder
+from lehr.run.forecast import forecast
 from lehr.run.lock import is_held
 from lehr.run.models import DIGITS_NET, Made, check_fit, check_name, has_weights, make_model
 from lehr.run.optimizer import optimizer
+from lehr.run.precision import arithmetic
 from lehr.run.reload import CARD, Card, read_card
 from lehr.run.resuming import has_begun, nothing_good
+from lehr.run.sampler import feed
 from lehr.run.state import DamageError
 from lehr.run.training import followed
+from lehr.run.update import cross_entropy
 from lehr.selection import ModelFacts
 from lehr.untrusted import read_bytes
 
@@ -260,6 +265,17 @@ def change(job: Job, folder: RunFolder) -> Change | None:
     was, now = followed(was, state), followed(job.plan, state)  # what evidence has decided holds for both
     check_continuation(was, now, stage=at.stage, epoch=at.epoch, step=at.step)
     return Change(was, now, at.step, folder.path / PICTURE)
+
+
+def costs(job: Job, device: str = "auto") -> Iterator[StageCost]:
+    """What each stage would cost on this machine, from a few timed steps; the job's model is of no further use.
+
+    Raises:
+        RequestError: for a device that is not there.
+    """
+    train = feed(job.data.train(job.transform, seed=job.recipe.seed), seed=job.recipe.seed)
+    loss = cross_entropy(job.recipe.label_smoothing)
+    return forecast(job.plan, job.made.module, train, loss, arithmetic(device))
 
 
 def _no_run(folder: Path) -> str:

@@ -185,9 +185,9 @@ class Store:
         """Take what lies in these slots for their rows."""
         self.filled[slots] = True
 
-    def bytes_of(self, slot: int) -> bytes:
+    def row(self, slot: int) -> bytearray:
         """The row as it is stored, filled or not."""
-        return b"".join(
+        return bytearray().join(
             rows[slot].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for rows in self._rows
         )
 

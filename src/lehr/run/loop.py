@@ -34,6 +34,7 @@ from lehr.planning import Plan
 from lehr.recipe import Recipe
 from lehr.resolving import resolve
 from lehr.run.best import Best
+from lehr.run.caching import Caching
 from lehr.run.ema import Ema
 from lehr.run.facts import inspect, unwrap
 from lehr.run.files import write_tensors
@@ -48,7 +49,7 @@ from lehr.run.sampler import Feed, died, feed, samples_in
 from lehr.run.saver import Saver
 from lehr.run.stopping import Stop, Stopped, stopping
 from lehr.run.training import Terms, Training
-from lehr.run.update import Update
+from lehr.run.update import Update, cross_entropy
 from lehr.run.validation import Metrics, higher_is_better, validate
 from lehr.run.watch import EpochWatch, Tell, non_finite, telling
 
@@ -93,6 +94,7 @@ def fit(
     notes: Sequence[str] = (),
     resume: Resume = False,
     checkpoint: str | Mapping[str, object] = "10 minutes",
+    cache_dir: str | Path | None = None,
 ) -> Result:
     """Train `model` in place as `recipe` says, stage by stage, and return what came of it.
 
@@ -125,6 +127,8 @@ def fit(
         checkpoint: how often the run is saved: `"10 minutes"`, `"500 steps"`, `"1 epoch"`; or a table with
             `every`, `keep` (checkpoints, 2) and `keep_best` (weights of the best epochs, 1). Besides, it is
             saved at its start, at each stage's end, and when it is stopped.
+        cache_dir: a directory where the features that frozen parts compute are kept for later runs (docs/cache.md); None
+            keeps them for this run alone.
 
     Raises:
         RequestError: (or one of its kinds) for what cannot be done; nothing was started.
@@ -167,6 +171,7 @@ def fit(
         updates={name: Update(model, one, plan=plan, on=on, objective=name) for name, one in optimizers.items()},
         average=Ema(model, plan.ema) if plan.ema else None, best=Best(monitor, metrics, most=cadence.keep_best),
         sign=lambda metric: 1.0 if higher_is_better(metric, metrics) else -1.0,
+        caching=Caching(model, on, Path(out) if out else None, Path(cache_dir) if cache_dir else None),
     )  # fmt: skip
     judge = None if validation is None else partial(_judged, run, loss, validation, metrics)
     with nullcontext() if out is None else opened(out, resume=bool(resume)) as folder:
@@ -245,6 +250,7 @@ def _trained(run: Training, judge: Judge | None, tell: Tell, saver: Saver | None
     for index in range(run.stage, len(run.plan.stages)):
         stage, is_last = run.enter(index), index == len(run.plan.stages) - 1
         tell(stage_started(run.plan, stage))
+        cache = run.shorten(tell)
         for epoch, start, end in stage.epoch_ranges():
             if epoch < run.epoch:
                 continue
@@ -283,6 +289,7 @@ def _trained(run: Training, judge: Judge | None, tell: Tell, saver: Saver | None
                 tell(decision_told(run.plan, decision))
             if saver:
                 saver.offer(run.step, run.epoch, epoch_ended=True)
+        cache.end()
         frozen = run.audited(stage)
         if saver:
             saver.save(run.step, run.epoch)
@@ -306,8 +313,10 @@ def _judged(
     tell: Tell, check: Callable[[], None],
 ) -> dict[str, float]:  # fmt: skip
     """The numbers of `model` over the validation set, by the losses of a stage."""
+    loss = judged_by(run.losses[stage.index], said) or cross_entropy()
+    short = run.cache.validation(model, validation, loss) if run.cache else None
     return validate(
-        model, validation, judged_by(run.losses[stage.index], said), metrics, on=run.on, tell=tell, check=check,
+        model, short or validation, short.loss if short else loss, metrics, on=run.on, tell=tell, check=check,
         batch_size=max(stage.batch_size, _VALIDATED),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lehr.run.cuts import Call, CannotSplit, Crossing, Cut, choose
 from lehr.run.cutting import Place, places
 from lehr.run.facts import named, unwrap
+from lehr.run.folding import folded
 from lehr.run.halving import Parts, Prefix, Suffix, halve
 from lehr.run.pureness import Source, below, purity
 from lehr.run.tracing import Form, Route, Traced, checked_form, trace
@@ -76,7 +77,9 @@ class Halves:
 
         Where there is nothing to gain these halves themselves are given.
         """
-        return self
+        with torch.no_grad():
+            faster = folded(self._first)
+        return self if faster is None else replace(self, _first=faster)
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def _to_still(parts: Parts, model: nn.Module) -> frozenset[str]:
     """The modules without parameters that draw random numbers although nothing that trains comes before them, and
     something frozen comes after, before anything that trains: they belong to the frozen part, and are off in it.
     """
-    trained = {n for s in parts.found.sources if s.kind == "trained" for n in (s.node, *below(s.node))}
+    trained = {n for first in parts.found.training for n in (first, *below(first))}
     stilled = set()
     for source in parts.found.sources:
         if source.kind != "random" or source.node in trained:

@@ -20,7 +20,7 @@ from lehr.run.facts import named, unwrap
 from lehr.run.prefix import Halves, in_eval
 from lehr.run.randomness import Randomness, RandomState
 from lehr.run.tracing import Form, without_caches
-from lehr.run.walking import near, state_kept, tolerance
+from lehr.run.walking import Mark, near, state_kept, tolerance
 
 Judged = Callable[[Any], torch.Tensor]
 _TINY = 1e-6
@@ -38,8 +38,8 @@ def prove(
         model: the model, in the mode in which it was analysed.
         halves: its halves.
         call: a call of it on a real batch.
-        loss: in training: calls what it is given once as the model, and returns the loss. None in evaluation, where the
-            outputs are compared.
+        loss: calls what it is given once as the model, and returns the loss; None compares the outputs alone. Gradients
+            are compared where they are enabled.
         store: the type in which features will be stored, if that is narrower; None: as they are.
 
     Raises:
@@ -62,7 +62,10 @@ def prove(
             features = checks.features(tensors)
             checks.stored(features, store)
             checks.samples(features)
-            checks.outputs(features) if loss is None else checks.training(features, loss)
+            if loss is None or not torch.is_grad_enabled():
+                checks.outputs(features)
+            if loss is not None:
+                checks.training(features, loss) if torch.is_grad_enabled() else checks.loss(features, loss)
         except CannotSplit:
             raise
         except Exception as error:
@@ -87,10 +90,11 @@ class _Checks:
     def features(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the prefix gives, which is to change nothing by the way."""
         args, kwargs = self.form.call(tensors)
-        state = [*self.model.parameters(), *self.model.buffers()]
-        versions, before = [t._version for t in state], self.randomness.take()
+        marks = [Mark(p, copied=False) for p in self.model.parameters()]
+        marks += [Mark(b, copied=True) for b in self.model.buffers()]
+        before = self.randomness.take()
         features = self.halves.prefix(*args, **kwargs)
-        if versions != [t._version for t in state]:
+        if any(mark.is_changed() for mark in marks):
             raise CannotSplit(f"the part up to {self.after} changes the model's own state")
         if not _same_state(before, self.randomness.take()):
             raise CannotSplit(f"the part up to {self.after} draws random numbers")
@@ -136,6 +140,16 @@ class _Checks:
                 f"the model cut behind {self.after} returns something else than the whole model"
             )
 
+    def loss(self, features: tuple[torch.Tensor, ...], loss: Judged) -> None:
+        """The loss is to be that of the whole model."""
+        self._same_loss(loss(self.model), loss(lambda *_, **__: self.halves.suffix(features)))
+
+    def _same_loss(self, whole: torch.Tensor, ours: torch.Tensor) -> None:
+        if not near(whole, ours, self.near) and not abs(float(whole - ours)) <= _TINY:
+            raise CannotSplit(
+                f"the loss is another when the model is cut behind {self.after} ({float(ours):.6g} for {float(whole):.6g})"
+            )
+
     def training(self, features: tuple[torch.Tensor, ...], loss: Judged) -> None:
         """The loss, the gradients, what else changes, and the random numbers drawn are to be those of the whole model."""
         state = self.randomness.take()
@@ -143,17 +157,13 @@ class _Checks:
             _step(self.model, loss, f, self.randomness, state)
             for f in (self.model, lambda *_, **__: self.halves.suffix(features))
         )
-        if not near(whole.loss, ours.loss, self.near) and abs(float(whole.loss - ours.loss)) > _TINY:
-            raise CannotSplit(
-                f"the loss is another when the model is cut behind {self.after} ({float(ours.loss):.6g} for "
-                f"{float(whole.loss):.6g})"
-            )
+        self._same_loss(whole.loss, ours.loss)
         size = _norm(g for g in whole.gradients.values() if g is not None)
         for name, expected in whole.gradients.items():
             found = ours.gradients[name]
             if (expected is None) != (found is None) or (
                 expected is not None and found is not None
-                and _norm([found - expected]) > self.near * max(_norm([expected]), _SMALL_PART * size)
+                and not _norm([found - expected]) <= self.near * max(_norm([expected]), _SMALL_PART * size)
             ):  # fmt: skip
                 raise CannotSplit(f"{name} gets another gradient when the model is cut behind {self.after}")
         for name, buffer in whole.buffers.items():
@@ -184,26 +194,24 @@ def _step(model: nn.Module, loss: Judged, called: Any, randomness: Randomness, s
     """A training step up to its gradients, from these random states on; buffers are afterwards as before."""
     trained = {n: p for n, p in named(model).items() if p.requires_grad}
     buffers = dict(unwrap(model).named_buffers())
-    versions = {n: b._version for n, b in buffers.items()}
+    marks = {n: Mark(b, copied=True) for n, b in buffers.items()}
     with state_kept(unwrap(model), randomness.device):
         randomness.put(state)
         value = loss(called)
         found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
-        changed = {n: b.clone() for n, b in buffers.items() if b._version != versions[n]}
+        changed = {n: b.clone() for n, b in buffers.items() if marks[n].is_changed()}
         return _Step(value.detach(), dict(zip(trained, found, strict=True)), changed, randomness.take())
 
 
 @contextmanager
 def _tensors_kept(tensors: list[torch.Tensor]) -> Iterator[None]:
     """The inputs are afterwards as before, where the model writes to them."""
-    before = [(t, t._version, t.clone()) for t in tensors]
+    marks = [Mark(tensor, copied=True) for tensor in tensors]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for tensor, version, copy in before:
-                if tensor._version != version:
-                    tensor.copy_(copy)
+        for mark in marks:
+            mark.put_back()
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:

@@ -39,13 +39,14 @@ class Source:
 @dataclass(frozen=True)
 class Purity:
     """The nodes of a graph in order: `pure` ones that depend on a sample's values, `free` ones that do not, and the others
-    (`impure`); the `sources` of what is impure.
+    (`impure`); the `sources` of what is impure; those that use what trains (`training`), whatever comes before them.
     """
 
     pure: tuple[fx.Node, ...]
     free: frozenset[fx.Node]
     impure: frozenset[fx.Node]
     sources: tuple[Source, ...]
+    training: frozenset[fx.Node]
 
 
 def purity(traced: Traced, seen: Mapping[fx.Node, Seen], trained_groups: frozenset[int]) -> Purity:
@@ -54,6 +55,7 @@ def purity(traced: Traced, seen: Mapping[fx.Node, Seen], trained_groups: frozens
     by_values = _by_values(nodes)
     impure: set[fx.Node] = set()
     sources: list[Source] = []
+    training: set[fx.Node] = set()
     moving = {group for s in seen.values() for group in s.writes if group < 0}
     unsteady = set(trained_groups) | moving
     read_by_impure: set[int] = set()
@@ -61,6 +63,8 @@ def purity(traced: Traced, seen: Mapping[fx.Node, Seen], trained_groups: frozens
         s = seen[node]
         kind = _kind(traced, node, s, trained_groups, moving, by_values)
         inherits = any(a in impure for a in node.all_input_nodes) or bool((s.reads | s.groups) & unsteady)
+        if kind == "trained":
+            training.add(node)
         if kind and not any(a in impure for a in node.all_input_nodes):
             sources.append(Source(node, kind))
         if kind or inherits or s.writes & read_by_impure:
@@ -69,7 +73,7 @@ def purity(traced: Traced, seen: Mapping[fx.Node, Seen], trained_groups: frozens
             read_by_impure |= s.reads
     free = _free([n for n in nodes if n not in impure and n not in by_values], seen)
     pure = tuple(n for n in nodes if n not in impure and n not in free)
-    return Purity(pure, free, frozenset(impure), tuple(sources))
+    return Purity(pure, free, frozenset(impure), tuple(sources), frozenset(training))
 
 
 def is_about_sizes(node: fx.Node) -> bool:

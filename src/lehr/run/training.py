@@ -22,9 +22,11 @@ from lehr.planned_stage import Decision, PlannedStage
 from lehr.planning import Plan, Step
 from lehr.run.audit import Digests, audit, frozen_digests
 from lehr.run.best import Best
+from lehr.run.caching import Caching, StageCache
 from lehr.run.checkpoint import Snapshot
 from lehr.run.ema import Ema
 from lehr.run.facts import unwrap
+from lehr.run.freezing import set_trainable
 from lehr.run.gate import Gate
 from lehr.run.losses import Losses, modules_of
 from lehr.run.precision import Arithmetic
@@ -33,7 +35,7 @@ from lehr.run.sampler import Feed, Window
 from lehr.run.snapshot import Copies, fill_slots, put_back, slots_of, tensors_of
 from lehr.run.state import Decided, Gauge, Made, Position, Settings, Slots, SoFar, State
 from lehr.run.update import Update
-from lehr.run.watch import EpochWatch
+from lehr.run.watch import EpochWatch, Tell
 from lehr.run.weights import listed
 
 _NOW, _EPOCH = "random/now/", "random/epoch/"
@@ -74,6 +76,7 @@ class Training:
     feed: Feed
     on: Arithmetic
     sign: Callable[[str], float]
+    caching: Caching
     terms: Terms | None = None
     stage: int = 0
     epoch: int = 0
@@ -88,6 +91,7 @@ class Training:
     instead_of: str | None = None
     gauge: Gauge = field(default_factory=Gauge)
     gate: Gate | None = None
+    cache: StageCache | None = None
     plan: Plan = field(init=False)
     _copies: Copies = field(default_factory=Copies)
 
@@ -113,6 +117,18 @@ class Training:
             update.loss = self.losses[index][turn.objective]
             update.measure = self.gate.measure(turn.objective)
         return stage
+
+    def shorten(self, tell: Tell) -> StageCache:
+        """Let the stage go the short way, where there is one: what does not train is computed once a sample."""
+        stage = self.plan.stages[self.stage]
+        loss = self.losses[stage.index].get("")
+        set_trainable(self.model, self.plan.trainable(stage))  # the way is found before the stage's first step
+        self.cache = StageCache(
+            self.caching, self.plan, stage, self.feed, loss, tell=tell, at=lambda: self.step
+        )
+        if self.cache.train:
+            self.updates[""].loss = self.cache.train.loss
+        return self.cache
 
     def decide(self, decision: Decision) -> PlannedStage:
         """Follow the plan with one more decision from here on; the stage as it is now."""
@@ -203,7 +219,8 @@ class Training:
         rewound = self._randomness.rewound(self.epoch_random)
         # After the last round that was drawn: one that is nobody's is drawn when its time comes.
         first = stage.round_of(self.step - 1) + 1 if self.step > start else 0
-        windows = self.feed.windows(stage, self.epoch, first, rewound)
+        source = (self.cache and self.cache.train) or self.feed
+        windows = source.windows(stage, self.epoch, first, rewound)
         return windows if stage.is_plain else _by_turns(stage, self.step, enumerate(windows, start=first))
 
     def end_epoch(self, row: Mapping[str, float]) -> None:

@@ -14,6 +14,7 @@ from lehr.errors import RunError
 from lehr.events import Validating
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed, size_of
+from lehr.run.shortcut import Shortcut
 from lehr.run.update import Loss, cross_entropy, placed, scalar_loss
 from lehr.run.watch import REFRESH, Tell
 
@@ -26,7 +27,7 @@ HIGHER_IS_BETTER = ("accuracy", "score")
 
 def validate(
     model: nn.Module,
-    feed: Feed,
+    feed: Feed | Shortcut,
     loss: Loss | None,
     metrics: Metrics | None,
     *,

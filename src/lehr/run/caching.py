@@ -1,0 +1,192 @@
+"""Which stages of a run go the short way, and what is told of it. The way itself is `shortcut.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lehr.data.datasets import ImageSamples
+from lehr.data.drawing import probe
+from lehr.errors import RecipeError
+from lehr.events import CacheClosed, Note, PrefixCached
+from lehr.planned_stage import PlannedStage
+from lehr.planning import Plan
+from lehr.run.cache import Store
+from lehr.run.facts import named, unwrap
+from lehr.run.freezing import is_frozen
+from lehr.run.precision import Arithmetic
+from lehr.run.sampler import Feed
+from lehr.run.shortcut import Shortcut, Terms
+from lehr.run.update import Loss
+from lehr.run.watch import Tell
+from lehr.run.ways import Wanted, Way
+
+_TRAINING, _VALIDATION = "train", "valid"
+_TURNS = "objectives take turns, and what is frozen changes with each"
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What is the same for all stages of a run: the model, its arithmetic, where a file may lie, and where features are
+    kept for other runs (None: nowhere).
+    """
+
+    model: nn.Module
+    on: Arithmetic
+    folder: Path | None = None
+    cache_dir: Path | None = None
+
+
+class StageCache:
+    """The shortcuts of one stage of `plan`: one for training on `feed`, one for validation, each found with its first batch.
+
+    `loss` is the stage's loss function; None where objectives take turns. `at` says how many updates are done.
+
+    Raises:
+        RecipeError: where the stage requires a cache and there can be none.
+    """
+
+    def __init__(
+        self, caching: Caching, plan: Plan, stage: PlannedStage, feed: Feed, loss: Loss | None, *,
+        tell: Tell, at: Callable[[], int],
+    ) -> None:  # fmt: skip
+        self._caching, self._plan, self._stage, self._tell, self._at = caching, plan, stage, tell, at
+        self._left = plan.caching.budget
+        self._valid: Shortcut | None = None
+        self.train: Shortcut | None = None
+        why, is_news = why_not(plan, stage, feed) if loss else (_TURNS, False)
+        if loss and not why:
+            self.train = Shortcut(caching.model, feed, loss, self._terms(feed, _TRAINING))
+        elif is_news or stage.cache == "require":
+            self._lost(_TRAINING, why)
+
+    def validation(self, model: nn.Module, feed: Feed, loss: Loss) -> Shortcut | None:
+        """The validation set on its short way through `model`, which may be an average of the weights; None where there
+        is none.
+        """
+        own = self._caching.model
+        if self._valid is None and not why_not_validated(self._plan, self._stage, feed, own, model):
+            terms = self._terms(feed, _VALIDATION, is_average=model is not own)
+            self._valid = Shortcut(model, feed, loss, terms)
+        return self._valid
+
+    def end(self) -> None:
+        """Leave the stage: what was kept is dropped, and what it was good for is told."""
+        for data, shortcut in ((_TRAINING, self.train), (_VALIDATION, self._valid)):
+            if shortcut is None:
+                continue
+            tally = shortcut.tally
+            if tally.computed:
+                self._tell(
+                    CacheClosed(self._stage.index, self._at(), data, tally.computed, tally.read, tally.saved)
+                )
+            shortcut.close()
+
+    def _terms(self, feed: Feed, data: str, *, is_average: bool = False) -> Terms:
+        plan, stage, caching = self._plan, self._stage, self._caching
+        views = 1 if data == _VALIDATION else stage.views
+        wanted = wanted_in(plan, stage, feed, self._left, views=views)
+        return Terms(
+            plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data),
+            folder=caching.folder, cache_dir=caching.cache_dir, is_average=is_average,
+            is_fresh=data == _VALIDATION or views == "fresh",
+        )  # fmt: skip
+
+    def _found(self, data: str, way: Way, store: Store) -> None:
+        self._left -= store.bytes
+        self._tell(
+            PrefixCached(
+                self._stage.index, self._at(), data, way.cut.after, round(way.cut.share, 4), store.row_bytes,
+                store.slots, way.wanted.rows, store.place, way.route, way.folded,
+            )
+        )  # fmt: skip
+        if way.stilled and data == _TRAINING:
+            names = ", ".join(way.stilled)
+            self._tell(Note(f"only frozen layers follow the dropout {names}, so it is off in this stage"))
+
+    def _lost(self, data: str, why: str) -> None:
+        stage = self._stage
+        if stage.cache == "require" and data == _TRAINING:
+            raise RecipeError(f"stages.{stage.index}.cache: {why}")
+        what = "is trained" if data == _TRAINING else "is validated"
+        self._tell(Note(f"stage {stage.index + 1} {what} without a cache: {why}"))
+
+
+def wanted_in(
+    plan: Plan, stage: PlannedStage, feed: Feed, budget: int, *, views: int | str = "fresh"
+) -> Wanted:
+    """What a stage would keep of the samples of `feed`, within so many bytes."""
+    fixed = views if isinstance(views, int) and type(feed.source) is not TensorDataset else 1
+    rows = len(feed.dataset) * fixed  # type: ignore[arg-type]  # `feed` has asked for it
+    caching = plan.caching
+    return Wanted(
+        budget, rows, fixed, max(stage.epochs / fixed - 1, 0), caching.dtype, caching.exact,
+        required=stage.cache == "require",
+    )  # fmt: skip
+
+
+def why_not(plan: Plan, stage: PlannedStage, feed: Feed) -> tuple[str, bool]:
+    """Why a stage is trained without a cache, as far as it is known before its first batch, and whether that is news to a
+    person who did not ask for one; "" where nothing speaks against it.
+    """
+    if stage.cache == "off":
+        return 'cache = "off"', False
+    if plan.trainable(stage) >= plan.parameters.keys():
+        return "it trains the whole model, so nothing stays the same", False
+    views = stage.views if isinstance(stage.views, int) else 1
+    if stage.epochs <= views:
+        return f"it sees no sample twice in {stage.epochs} epoch(s) with {views} view(s)", False
+    if feed.untappable:
+        return feed.untappable, True
+    source = feed.dataset
+    if isinstance(stage.views, int):
+        drawn = probe(source, plan.seed, fixed=True)
+        return (f"{drawn}, in the same view, too", True) if drawn else ("", False)
+    if isinstance(source, ImageSamples) and source.pipeline.augment:
+        names = ", ".join(sorted(source.pipeline.augment))
+        return (
+            f"its images are changed at random in each epoch ({names}); views = 4 makes four of each, once",
+            True,
+        )
+    drawn = probe(source, plan.seed)
+    return (f"{drawn}; {_way_out(feed)}", True) if drawn else ("", False)
+
+
+def _way_out(feed: Feed) -> str:
+    """How a person's own samples would be the same again: lehr makes views of a data set, not of a loader."""
+    if feed.loader is None:
+        return "views = 4 makes four fixed views of each sample"
+    return "pass the data set itself and say views = 4, or take the randomness out"
+
+
+def why_not_validated(plan: Plan, stage: PlannedStage, feed: Feed, model: nn.Module, judged: nn.Module) -> str:
+    """Why a stage is validated without a cache; it is not told, since training says it."""
+    if not stage.is_plain or any(turn.objective for turn in stage.turns):
+        return _TURNS
+    if stage.cache == "off" or plan.trainable(stage) >= plan.parameters.keys() or stage.epochs < 2:
+        return "there is nothing to keep"
+    if feed.untappable:
+        return feed.untappable
+    if judged is not model and not _is_at_rest(model, judged, plan.trainable(stage)):
+        return "the average of the frozen weights still moves"
+    return probe(feed.dataset, plan.seed)
+
+
+def _is_at_rest(model: nn.Module, average: nn.Module, trained: frozenset[str]) -> bool:
+    """Whether the average has come to the weights that are frozen, so that it stays there to the bit."""
+    theirs = unwrap(average)
+    weights = named(average)
+    if not all(torch.equal(p, weights[n]) for n, p in named(model).items() if n not in trained):
+        return False
+    return all(
+        torch.equal(buffer, theirs.get_submodule(path).get_buffer(name))
+        for path, module in unwrap(model).named_modules()
+        if is_frozen(module)
+        for name, buffer in module.named_buffers(recurse=False)
+    )

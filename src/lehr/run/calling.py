@@ -1,0 +1,149 @@
+"""How a loss function calls its model, seen on one batch; and the batch that it gets when its inputs are not there.
+
+It must not know prefixes: what stands in for the model is handed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lehr.run.batches import leaves, rebuilt
+from lehr.run.cuts import Call, CannotSplit
+from lehr.run.update import Loss
+
+_KEPT = 16 * 1024
+"""Bytes a sample of whole numbers (tokens, masks) that are cheaper to keep than to do without."""
+_AS_FUNCTION = 'compute it in the data set, or say cache = "off"'
+
+
+class StandIn:
+    """Called instead of the model: `run` gets the arguments. All else that is asked of it is the model's own."""
+
+    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
+        self._model, self._run = model, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What `run` makes of the arguments."""
+        return self._run(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+@dataclass(frozen=True)
+class Calling:
+    """How the model is called on batches of one form.
+
+    `form` is a batch whose leaves are left out; `arguments` are positional and keyword arguments, whose leaves are
+    `taken` from the batch's by number (the others, None, stand there themselves). The batch's leaves that only
+    the model reads, and that are not kept, are `unread`: shape and type without the batch.
+    """
+
+    form: Any
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]]
+    taken: tuple[int | None, ...]
+    unread: Mapping[int, tuple[tuple[int, ...], torch.dtype]]
+    count: int
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The leaves of a batch that the loss function still gets as they are."""
+        return tuple(number for number in range(self.count) if number not in self.unread)
+
+    def call(self, batch: Any) -> Call:
+        """The model's arguments for another batch."""
+        own, given = leaves(batch), leaves(self.arguments)
+        both = zip(given, self.taken, strict=True)
+        args, kwargs = rebuilt(self.arguments, [old if n is None else own[n] for old, n in both])
+        return Call(args, kwargs)
+
+    def without_inputs(self, kept: Sequence[torch.Tensor], like: torch.Tensor) -> Any:
+        """The batch that the loss function gets: what is kept, and NaN where the inputs were, so that a function that
+        reads them after all is noticed. It has the size and device of `like`.
+        """
+        rest = iter(kept)
+        return rebuilt(
+            self.form,
+            [_unread(*self.unread[n], like) if n in self.unread else next(rest) for n in range(self.count)],
+        )
+
+
+def calling(model: nn.Module, loss: Loss, batch: Any) -> Calling:
+    """How `loss` calls `model` on `batch`; it is stopped there, before the model runs.
+
+    Raises:
+        CannotSplit: where that is not once, on tensors of the batch as they are.
+    """
+    seen = _recorded(model, loss, batch)
+    own = leaves(batch)
+    size = next((len(leaf) for leaf in own if isinstance(leaf, torch.Tensor) and leaf.ndim), 0)
+    strange = [
+        leaf for leaf in own if not isinstance(leaf, torch.Tensor) or not leaf.ndim or len(leaf) != size
+    ]
+    if strange:
+        raise CannotSplit(
+            f"a batch holds {_named(strange[0])}, and only tensors with a row for each sample can be kept; leave it out "
+            'of the batch, or say cache = "off"'
+        )
+    places = {id(leaf): number for number, leaf in enumerate(own)}
+    given = leaves(seen)
+    changed = [g for g in given if isinstance(g, torch.Tensor) and id(g) not in places]
+    if changed:
+        raise CannotSplit(
+            f"the loss function changes the inputs before the model sees them (it gets {_named(changed[0])} that is "
+            f"not in the batch); {_AS_FUNCTION}"
+        )
+    taken = tuple(places.get(id(g)) if isinstance(g, torch.Tensor) else None for g in given)
+    inputs = {n for n in taken if n is not None}
+    unread = {
+        n: (tuple(own[n].shape[1:]), own[n].dtype)
+        for n in inputs
+        if own[n].is_floating_point() or own[n][:1].nbytes > _KEPT
+    }
+    form = rebuilt(batch, [None] * len(own))
+    return Calling(form, seen, taken, unread, len(own))
+
+
+class _SeenError(Exception):
+    """The call was made; its arguments are known, and nothing more is wanted."""
+
+
+def _recorded(model: nn.Module, loss: Loss, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    found: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        found.append((args, kwargs))
+        raise _SeenError
+
+    try:
+        loss(StandIn(model, record), batch)  # type: ignore[arg-type]  # it is called, and asked for attributes
+    except _SeenError:
+        return found[0]
+    except Exception as error:
+        raise CannotSplit(
+            f"the loss function does more with the model than call it ({type(error).__name__}); {_AS_FUNCTION}"
+        ) from error
+    raise CannotSplit(f"the loss function never calls the model itself; {_AS_FUNCTION}")
+
+
+def _unread(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    size = len(like)
+    if (
+        not dtype.is_floating_point
+    ):  # has no NaN; whatever is computed with a meta tensor and a real one fails
+        return torch.empty((size, *shape), dtype=dtype, device="meta")
+    return torch.full((), math.nan, dtype=dtype, device=like.device).expand(size, *shape)
+
+
+def _named(leaf: Any) -> str:
+    return (
+        f"a tensor of shape {tuple(leaf.shape)}"
+        if isinstance(leaf, torch.Tensor)
+        else f"a {type(leaf).__name__}"
+    )

@@ -1,0 +1,352 @@
+"""A data set's samples on their short way through a model: the prefix once for each, the suffix alone from then on.
+
+`Shortcut` stands between a feed and the loop, for one stage and one mode: where the loop draws batches of samples it
+draws batches that are halfway through the model. Where there is no short way it hands on the samples, and says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lehr._version import __version__
+from lehr.errors import RequestError
+from lehr.free_room import size_text
+from lehr.planned_stage import PlannedStage
+from lehr.run.batches import leaves
+from lehr.run.cache import Store, merged, place_for, row_bytes
+from lehr.run.cuts import CannotSplit
+from lehr.run.kept import Kept, digests_of, key_of
+from lehr.run.precision import Arithmetic
+from lehr.run.sampler import Feed, Window, view_of
+from lehr.run.update import Loss, Returned, placed
+from lehr.run.walking import same_bits
+from lehr.run.ways import TooLittle, Wanted, Way, find_way, through_suffix
+
+_LONG = 5.0
+"""Seconds of an epoch from which on a cache is judged by them; below, what it costs or saves does not matter."""
+
+
+class Drawn(NamedTuple):
+    """A batch as it is drawn: the slots of its samples, which of them are `missing` in the cache, and a batch of those."""
+
+    slots: torch.Tensor
+    missing: torch.Tensor
+    batch: Any
+
+
+@dataclass
+class Tally:
+    """What a cache has done: samples computed and samples read, and the seconds that each took."""
+
+    computed: int = 0
+    read: int = 0
+    computing: float = 0.0
+    reading: float = 0.0
+
+    @property
+    def saved(self) -> float:
+        """Seconds that were not spent, as far as it can be told."""
+        if not self.computed or not self.read:
+            return 0.0
+        return max(0.0, self.read * self.computing / self.computed - self.reading)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a shortcut works for: what trains, what is wanted, on which arithmetic; where a file may lie, and where features
+    are kept for other runs.
+
+    `found` is told of the way that was found, `lost` why there is none. Of an average (`is_average`) the weights are written
+    at every step, also where they stay the same. Where `is_fresh`, samples that draw random numbers are others each time.
+    """
+
+    trained: frozenset[str]
+    wanted: Wanted
+    on: Arithmetic
+    found: Callable[[Way, Store], None]
+    lost: Callable[[str], None]
+    folder: Path | None = None
+    cache_dir: Path | None = None
+    is_average: bool = False
+    is_fresh: bool = False
+
+    @property
+    def views(self) -> int:
+        """The number of rows for each sample."""
+        return self.wanted.views
+
+
+class Shortcut:
+    """The samples of `feed`, for `loss(model, batch)`; `terms` say what for."""
+
+    def __init__(self, model: nn.Module, feed: Feed, loss: Loss, terms: Terms) -> None:
+        self.feed, self.tally, self.way = feed, Tally(), None
+        self.samples = feed.samples
+        self._model, self._loss, self._terms = model, loss, terms
+        self._store: Store | None = None
+        self._kept: Kept | None = None
+        self._is_off = self._has_overflown = False
+        self._ends = ""
+        self._known: list[Known] = []
+
+    way: Way | None
+
+    def loss(self, model: nn.Module, batch: Any) -> Returned:
+        """The person's loss function, on a batch of samples or on one that is halfway through."""
+        return (through_suffix(self.way, self._loss) if self.way else self._loss)(model, batch)
+
+    def windows(
+        self, stage: PlannedStage, epoch: int, done: int, rewound: AbstractContextManager[object]
+    ) -> Iterator[Window]:
+        """What `Feed.windows` gives, halfway through the model where there is a short way."""
+        self._check_unchanged()
+        if self._is_off:
+            yield from self.feed.windows(stage, epoch, done, rewound)
+            return
+        for window in self._before(stage, epoch, done):
+            for drawn, _ in window:
+                self._through(drawn)
+        before, began = self.tally.computed, time.monotonic()
+        draw = partial(self._drawn, stage, epoch)
+        for window in self.feed.windows(stage, epoch, done, rewound, draw=draw):
+            yield [(self._through(drawn), size) for drawn, size in window]
+        if self.tally.computed == before and time.monotonic() - began > _LONG:
+            self._judge()
+
+    def sequential(self, batch_size: int) -> Iterator[Any]:
+        """What `Feed.sequential` gives, halfway through the model where there is a short way."""
+        self._check_unchanged()
+        if self._is_off:
+            yield from self.feed.sequential(batch_size)
+            return
+        for drawn in self.feed.sequential(batch_size, draw=self._in_order):
+            yield self._through(drawn)
+
+    def close(self) -> None:
+        """Let go of what is kept."""
+        if self._kept:
+            self._kept.close()
+        self._store, self._kept, self._is_off = None, None, True
+
+    def _before(self, stage: PlannedStage, epoch: int, done: int) -> Iterator[Window]:
+        """What an interrupted run had computed before this place, in the batches in which it was computed; so a sample's
+        features are the same bits. Where a person's own loader has drawn them this cannot be known.
+        """
+        if self.feed.loader is not None:
+            return
+        first = first_with_view(stage, epoch, fixed=self._terms.views == 1)
+        draw = partial(self._drawn, stage, first)
+        until = done if first == epoch else -(-len(self.feed.indices(stage, first)) // stage.accumulate)
+        if not any(self._lacks(slots) for slots in self._slots(stage, first)[: until * stage.accumulate]):
+            return
+        yield from islice(self.feed.windows(stage, first, 0, draw=draw), until)
+
+    def _drawn(self, stage: PlannedStage, epoch: int, skipped: int = 0) -> Iterator[Drawn]:
+        if self.feed.loader is not None:
+            return self._theirs()
+        slots = self._slots(stage, epoch)[skipped:]
+        return self._own(self.feed.indices(stage, epoch)[skipped:], slots, view_of(stage, epoch))
+
+    def _slots(self, stage: PlannedStage, epoch: int) -> list[torch.Tensor]:
+        """Where the samples of an epoch's batches lie: those of a view are spread, that each part of the slots has all."""
+        row = view_of(stage, epoch) if self._terms.views > 1 else 0
+        return [indices * self._terms.views + row for indices in self.feed.indices(stage, epoch)]
+
+    def _lacks(self, slots: torch.Tensor) -> bool:
+        """Whether rows are missing for which there would be room."""
+        return self._store is None or bool(self._missing(slots[slots < self._store.slots]).any())
+
+    def _in_order(self, batches: Sequence[torch.Tensor]) -> Iterator[Drawn]:
+        return self._theirs() if self.feed.loader is not None else self._own(batches, batches, 0)
+
+    def _own(
+        self, batches: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], view: int
+    ) -> Iterator[Drawn]:
+        """lehr's own batches of indices; only what is missing is loaded."""
+        missing = [self._missing(of_batch) for of_batch in slots]
+        wanted = [indices[m] for indices, m in zip(batches, missing, strict=True) if m.any()]
+        loaded = iter(self.feed.batches_of(wanted, view, self._watch))
+        for of_batch, m in zip(slots, missing, strict=True):
+            began = time.monotonic()
+            batch = next(loaded) if m.any() else None
+            self.tally.computing += time.monotonic() - began
+            yield Drawn(of_batch, m, batch)
+
+    def _theirs(self) -> Iterator[Drawn]:
+        """The batches of a person's own loader; as indices alone when most are there already."""
+        if self._store is not None and 2 * int(self._store.filled.sum()) >= self.samples:
+            for indices in self.feed.only_indices():
+                missing = self._missing(indices)
+                yield Drawn(indices, missing, self.feed.collated(indices[missing]) if missing.any() else None)
+        else:
+            for indices, batch in self.feed.tapped(self._watch):
+                yield Drawn(indices, torch.full((len(indices),), bool(self._missing(indices).any())), batch)
+
+    @property
+    def _watch(self) -> Callable[[str], None] | None:
+        return self._drew if self._terms.is_fresh and not self._is_off else None
+
+    def _drew(self, who: str) -> None:
+        """A sample drew random numbers after all: it will be another one in the next epoch."""
+        self._ends = f"{who}, in a sample that was not looked at before"
+
+    def _missing(self, slots: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(slots), dtype=torch.bool) if self._store is None else ~self._store.has(slots)
+
+    def _through(self, drawn: Drawn) -> Any:
+        """The batch, as far through the model as it goes without what trains."""
+        began = time.monotonic()
+        if self.way is None and not self._is_off:
+            self._find(drawn.batch)
+        if self.way is None or self._store is None:
+            return drawn.batch
+        if not drawn.missing.any():
+            halfway = self.way.halfway(self._store.get(drawn.slots))
+            self.tally.read += len(drawn.slots)
+            self.tally.reading += time.monotonic() - began
+            return halfway
+        return self._computed(drawn, self.way, self._store, began)
+
+    def _computed(self, drawn: Drawn, way: Way, store: Store, began: float) -> Any:
+        slots = drawn.slots[drawn.missing]
+        digests = digests_of(leaves(drawn.batch)) if self._kept else None
+        if self._kept and digests is not None and self._kept.take(slots, digests):
+            self.tally.read += len(slots)
+            return way.halfway(store.get(drawn.slots))
+        with self._terms.on.autocast():
+            kept = way.kept(placed(drawn.batch, self._terms.on.device))
+        rounded = [c.rounded(t) for c, t in zip(way.columns, kept, strict=True)]
+        if (
+            not way.narrow or _finite(rounded) or not _finite(kept)
+        ):  # what was not finite before is the loss's to find
+            store.put(slots, rounded)
+            if self._kept and digests is not None:
+                self._kept.keep(slots, digests)
+        else:
+            rounded = kept
+            self._overflown()
+        if not drawn.missing.all():
+            rounded = merged(way.columns, drawn.missing, rounded, store.get(drawn.slots[~drawn.missing]))
+        self.tally.computed += len(slots)
+        self.tally.read += len(drawn.slots) - len(slots)
+        self.tally.computing += time.monotonic() - began
+        return way.halfway(rounded)
+
+    def _overflown(self) -> None:
+        if not self._has_overflown:
+            self._has_overflown = True
+            self._terms.lost(
+                "some features are too large for the type they are stored in; their samples are computed each time "
+                '(cache_dtype = "bf16" or "fp32" holds them)'
+            )
+
+    def _find(self, batch: Any) -> None:
+        terms = self._terms
+        try:
+            way = find_way(
+                self._model, self._loss, placed(batch, terms.on.device), trained=terms.trained, wanted=terms.wanted,
+                on=terms.on,
+            )  # fmt: skip
+            store = self._stored(way)
+        except CannotSplit as why:
+            self._lose(str(why), quietly=isinstance(why, TooLittle))
+            return
+        self.way, self._store = way, store
+        self._known = [Known(t, self._terms.is_average) for t in way.halves.reads]
+        terms.found(way, store)
+
+    def _stored(self, way: Way) -> Store:
+        """Room for the rows: all that the budget allows, or as many as there is room for."""
+        terms, size, rows = self._terms, row_bytes(way.columns), way.rows
+        device, folder = terms.on.device, terms.folder
+        if terms.cache_dir and device.type == "cpu" and rows:
+            try:
+                self._kept = Kept(
+                    terms.cache_dir, key_of(settings_of(way), way.halves.reads), way.columns, rows
+                )
+            except (RequestError, OSError) as error:
+                raise CannotSplit(str(error)) from error
+            return self._kept.store
+        while rows and (place := place_for(rows * size, device, folder)) != "nowhere":
+            try:
+                return Store(way.columns, rows, place=place, device=device, folder=folder)
+            except OSError:
+                rows //= 2
+        raise CannotSplit(
+            f"there is no room for {size_text(way.rows * size)}, neither in memory nor on the disk"
+        )
+
+    def _check_unchanged(self) -> None:
+        """What was computed with other weights, or of samples that have changed since, is of no use."""
+        if self.way and self._ends:
+            self._lose(self._ends)
+        if self.way and not all(known.is_as_it_was() for known in self._known):
+            self._lose(
+                "weights or buffers of the frozen part have been changed from outside since it was computed"
+            )
+
+    def _judge(self) -> None:
+        """After a whole epoch that was read: whether reading is faster than computing."""
+        tally = self.tally
+        read, computed = tally.reading / max(tally.read, 1), tally.computing / max(tally.computed, 1)
+        if tally.read and tally.computed and read > computed:
+            self._lose(
+                f"reading a sample takes {1e3 * read:.3g} ms and computing it {1e3 * computed:.3g} ms, so the cache does "
+                "not pay and is off from here on"
+            )
+
+    def _lose(self, why: str, *, quietly: bool = False) -> None:
+        self.close()
+        self.way = None
+        if not quietly:
+            self._terms.lost(why)
+
+
+def settings_of(way: Way) -> dict[str, object]:
+    """What decides the rows besides the samples and the weights, in a form that can be hashed."""
+    return {
+        "lehr": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(), "route": way.route,
+        "folded": way.folded, "after": way.cut.after, "code": way.halves.code, "columns": way.columns,
+        "calling": (way.calling.taken, way.calling.kept),
+    }  # fmt: skip
+
+
+class Known:
+    """A weight or buffer as it was when features were computed with it.
+
+    A weight is known by its version; one of an average, which is written at every step, has to be at rest before. A
+    buffer is known by its values: batch-norm moves its statistics without a trace in their version.
+    """
+
+    def __init__(self, tensor: torch.Tensor, is_average: bool) -> None:
+        self._tensor, self._version = tensor, tensor._version
+        self._copy = None if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        self._is_average = is_average
+
+    def is_as_it_was(self) -> bool:
+        """Whether nothing was written to it since."""
+        if self._copy is not None:
+            return same_bits(self._tensor, self._copy)
+        return self._is_average or self._tensor._version == self._version
+
+
+def first_with_view(stage: PlannedStage, epoch: int, *, fixed: bool) -> int:
+    """The first epoch of the stage whose samples have the same view as in `epoch`; where they are `fixed`, the first."""
+    if fixed:
+        return stage.first_epoch
+    view = view_of(stage, epoch)
+    return next(e for e in range(stage.first_epoch, epoch + 1) if view_of(stage, e) == view)
+
+
+def _finite(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
