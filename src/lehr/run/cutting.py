@@ -74,12 +74,10 @@ def _running(pure: Sequence[fx.Node], seen: Mapping[fx.Node, Seen]) -> list[int]
 def _spans(traced: Traced, found: Purity) -> dict[fx.Node, tuple[float, float]]:
     """From which pure node on each value is there, and up to which it is used; inf where what is impure uses it, too."""
     number = {node: float(n) for n, node in enumerate(found.pure)}
-    spans = {}
+    spans, output = {}, traced.output
     for node in found.pure:
         users = [u for u in node.users if not (u in found.free and is_about_sizes(u))]
-        last = max(
-            (inf if u is traced.output or u in found.impure else number[u] for u in users), default=-1.0
-        )
+        last = max((inf if u is output or u in found.impure else number[u] for u in users), default=-1.0)
         spans[node] = (-1.0 if node.op == "placeholder" else number[node], last)
     return spans
 

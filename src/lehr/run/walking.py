@@ -141,7 +141,7 @@ def walk(
     small, large = _batches(tensors)
     with quiet(), state_kept(model, tensors[0].device), kept_as_it_is(model), torch.no_grad():
         torch.clear_autocast_cache()
-        walker = _Walker(traced, memory, tolerance(tensors[0].device))
+        walker = _Walker(traced, memory, tolerance(tensors[0].device), model.buffers())
         try:
             return walker.run(list(zip(small, large, strict=True)))
         finally:
@@ -149,8 +149,9 @@ def walk(
 
 
 class _Walker:
-    def __init__(self, traced: Traced, memory: Memory, near: float) -> None:
+    def __init__(self, traced: Traced, memory: Memory, near: float, buffers: Iterable[torch.Tensor]) -> None:
         self.traced, self.memory, self.near = traced, memory, near
+        self.buffers = {id(buffer) for buffer in buffers}
         self.values: dict[fx.Node, tuple[Any, Any]] = {}
         self.seen: dict[fx.Node, Seen] = {}
         self.places: dict[fx.Node, dict[int, int]] = {}
@@ -179,7 +180,7 @@ class _Walker:
         given = [t for n in node.all_input_nodes for t in tensors_in(self.values[n][0])]
         given += _state_of(self.traced.target(node)) if node.op == "call_module" else []
         _refuse_writing(node, self.traced)
-        versions = [t._version for t in given]
+        marks = [Mark(t, copied=id(t) in self.buffers) for t in given]
         before = _random_state(given)
         flops = 0
         if node.op == "placeholder":
@@ -191,7 +192,7 @@ class _Walker:
                 one = self._run(node, 0)
             flops = int(counter.get_total_flops())
         draws = before != _random_state(given)
-        written = [t for t, version in zip(given, versions, strict=True) if t._version != version]
+        written = [mark.tensor for mark in marks if mark.is_changed()]
         if node.op not in ("placeholder", "get_attr"):
             pair = one, self._run(node, 1)
         self._note(node, pair, alive, given, written, draws, flops)
@@ -317,15 +318,40 @@ def state_kept(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Buffers and random states are afterwards as before, also where something fails."""
     randomness = Randomness(device)
     before = randomness.take()
-    copies = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    marks = [Mark(buffer, copied=True) for buffer in model.buffers()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, version, copy in copies:
-                if buffer._version != version:
-                    buffer.copy_(copy)
+        for mark in marks:
+            mark.put_back()
         randomness.put(before)
+
+
+class Mark:
+    """A tensor as it is now. A buffer is to be `copied`: batch-norm moves its statistics without a trace in their version."""
+
+    def __init__(self, tensor: torch.Tensor, *, copied: bool) -> None:
+        self.tensor = tensor
+        self._version = tensor._version
+        self._copy = tensor.detach().clone() if copied else None
+
+    def is_changed(self) -> bool:
+        """Whether something was written to it since."""
+        return self.tensor._version != self._version or (
+            self._copy is not None and not same_bits(self.tensor, self._copy)
+        )
+
+    def put_back(self) -> None:
+        """Make it what it was."""
+        if self.is_changed():
+            assert self._copy is not None
+            with torch.no_grad():
+                self.tensor.copy_(self._copy)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal, NaN included."""
+    return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

@@ -1,0 +1,187 @@
+"""A prefix made faster for its one pass over the data: batch-norm folded into convolutions, images laid out channels last.
+
+It computes the same up to rounding. The model's own modules stay as they are; weights are copied where they are folded or
+laid out anew. It must not know how a prefix was found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from lehr.run.halving import Prefix
+
+_LARGE = 100_000
+"""Weights in convolutions below which neither is worth a copy."""
+
+
+def folded(first: Prefix) -> Prefix | None:
+    """The faster prefix; None where there is nothing to gain.
+
+    >>> folded(Prefix(fx.GraphModule({}, fx.Graph()), (), frozenset(), ())) is None
+    True
+    """
+    convolutions = [m for m in _modules(first.module).values() if _is_convolution(m)]
+    if first.written or sum(m.weight.numel() for m in convolutions) < _LARGE:
+        return None
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(first.module.graph, copied := {}))  # type: ignore[var-annotated]
+    root = {str(n.target): _held(first.module, n) for n in copied if n.op in ("get_attr", "call_module")}
+    _fold(graph, root)
+    if _lays_out(convolutions):
+        _lay_out(
+            graph,
+            root,
+            keep=all(_is_laid_out(m.weight) for m in convolutions if m.weight.shape[2:] != (1, 1)),
+        )
+    graph.lint()
+    return replace(first, module=fx.GraphModule(root, graph))
+
+
+def _fold(graph: fx.Graph, root: dict[str, Any]) -> None:
+    """Each batch-norm into the convolution whose output nothing else reads."""
+    for node in list(graph.nodes):
+        before = (
+            node.args[0] if node.op == "call_module" and len(node.args) == 1 and not node.kwargs else None
+        )
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution, norm = root[str(before.target)], root[str(node.target)]
+        if not _is_convolution(convolution) or not _is_still_norm(norm):
+            continue
+        name = f"folded_{len(root)}"
+        root[name] = _with_weights(
+            convolution,
+            *fuse_conv_bn_weights(
+                convolution.weight.double(), _double(convolution.bias), norm.running_mean.double(),
+                norm.running_var.double(), norm.eps, _double(norm.weight), _double(norm.bias),
+            ),
+        )  # fmt: skip
+        before.target = name
+        rest = _after_norm(norm)
+        if rest is None:
+            node.replace_all_uses_with(before)
+            graph.erase_node(node)
+        else:
+            node.target = f"rest_{len(root)}"
+            root[node.target] = rest
+
+
+def _lay_out(graph: fx.Graph, root: dict[str, Any], *, keep: bool) -> None:
+    """Convolutions and their pictures channels last. What leaves is as it was, unless the model's weights lie so too (`keep`)."""
+    laid = {name: _laid_out(module) for name, module in root.items() if _is_convolution(module)}
+    root.update(laid)
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        users = [u for u in node.users if u.op == "call_module" and str(u.target) in laid]
+        with graph.inserting_after(node):
+            turned = (
+                graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last})
+                if users
+                else None
+            )
+        for user in users if turned else ():
+            user.replace_input_with(node, turned)
+    if keep:
+        return
+    output = next(n for n in graph.nodes if n.op == "output")
+    features, sizes = output.args[0]
+    with graph.inserting_before(output):
+        output.args = ((tuple(graph.call_method("contiguous", (feature,)) for feature in features), sizes),)
+
+
+def _lays_out(convolutions: list[Any]) -> bool:
+    """Whether kernels for channels last are faster: in fp32 on a CPU, and in half precision on CUDA (see docs/speed.md)."""
+    weight = convolutions[0].weight
+    if weight.device.type == "cpu":
+        return bool(weight.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"))
+    return bool(weight.is_cuda and (weight.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda")))
+
+
+def _is_convolution(module: Any) -> bool:
+    """A convolution whose output is linear in its weights, and that nothing else looks at."""
+    return (
+        type(module) is nn.Conv2d
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and type(module.weight) is nn.Parameter
+    )
+
+
+def _is_still_norm(module: Any) -> bool:
+    """A batch-norm that normalises by what it has gathered: torch's, or timm's with an activation behind."""
+    return (
+        (type(module) is nn.BatchNorm2d or _is_with_activation(module))
+        and not module.training
+        and module.running_mean is not None
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+def _is_with_activation(module: Any) -> bool:
+    return type(module).__name__ == "BatchNormAct2d" and type(module).__module__ == "timm.layers.norm_act"
+
+
+def _after_norm(module: Any) -> nn.Module | None:
+    """What timm's batch-norm does besides. It is held, not registered: nobody's train() is to reach it through here."""
+    return _Held(module.drop, module.act) if _is_with_activation(module) else None
+
+
+class _Held(nn.Module):
+    """Modules of the person's, one after the other."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self._held = modules
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What they make of `x`."""
+        for module in self._held:
+            x = module(x)
+        return x
+
+
+def _with_weights(module: Any, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    like = module.weight
+    return _copied(module, {"weight": weight.to(like.dtype), "bias": bias.to(like.dtype)})
+
+
+def _laid_out(module: Any) -> Any:
+    if _is_laid_out(module.weight):
+        return module
+    weight = module.weight.detach().to(memory_format=torch.channels_last, copy=True)
+    return _copied(module, {"weight": weight, "bias": module.bias})
+
+
+def _is_laid_out(weight: torch.Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _copied(module: nn.Conv2d, tensors: dict[str, torch.Tensor | None]) -> nn.Conv2d:
+    """A convolution like `module` with other weights, in the mode that does not matter to it."""
+    copy = nn.Conv2d(
+        module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,  # type: ignore[arg-type]
+        module.groups, padding_mode=module.padding_mode, bias=False, device="meta",
+    )  # fmt: skip
+    for name, tensor in tensors.items():
+        held = (
+            tensor
+            if tensor is None or isinstance(tensor, nn.Parameter)
+            else nn.Parameter(tensor, requires_grad=False)
+        )
+        copy.register_parameter(name, held)
+    return copy
+
+
+def _double(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().double()
+
+
+def _modules(module: fx.GraphModule) -> dict[str, Any]:
+    return {str(n.target): _held(module, n) for n in module.graph.nodes if n.op == "call_module"}
+
+
+def _held(module: fx.GraphModule, node: fx.Node) -> Any:
+    return getattr(module, str(node.target))
