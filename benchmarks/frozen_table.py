@@ -79,7 +79,8 @@ def _lehr_row(plain: Run, lehr: Run) -> tuple[str, ...]:
         for clock in (CPU, WALL)
     }
     most = TARGETS.get(setting.thaw) if setting.epochs == 20 else None
-    cells = [f"{ratio:.3f}" for clock in (CPU, WALL) for ratio in (*ratios[clock], *[0.0] * 3)[:3]]
+    found = [[f"{ratio:.3f}" for ratio in ratios[clock]] for clock in (CPU, WALL)]
+    cells = [cell for three in found for cell in (*three, "-", "-")[:3]]
     limits = (FIRST, *most) if most else ()
     met = all(r <= limit for r, limit in zip(ratios[CPU], limits, strict=True)) if most else None
     fits = growth(lehr) <= growth(plain) + cached(lehr)
