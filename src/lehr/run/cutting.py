@@ -12,8 +12,8 @@ from torch import fx
 
 from lehr.run.cuts import Crossing, Cut
 from lehr.run.pureness import Purity, below, crossable, is_about_sizes
+from lehr.run.seen import Seen, tensors_of
 from lehr.run.tracing import Traced, own_path
-from lehr.run.walking import Seen, Tensor
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,6 @@ def places(traced: Traced, seen: Mapping[fx.Node, Seen], found: Purity) -> tuple
             )
         )
     return tuple(kept)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of a node's value as it was seen."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [t for part in parts for t in tensors_of(part)]
 
 
 def _running(pure: Sequence[fx.Node], seen: Mapping[fx.Node, Seen]) -> list[int]:

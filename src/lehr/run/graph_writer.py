@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 
 from lehr.run.cuts import CannotSplit
+from lehr.run.seen import Affine, Sizes, Tensor, Unclear, rebuilt_sequence
 from lehr.run.tracing import Traced, own_path
-from lehr.run.walking import Affine, Sizes, Tensor, Unclear, rebuilt_sequence
 
 
 class Still(nn.Module):

@@ -7,8 +7,7 @@ data sets, losses, or where features are kept.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +21,10 @@ from lehr.run.facts import named, unwrap
 from lehr.run.folding import folded
 from lehr.run.halving import Parts, Prefix, Suffix, halve
 from lehr.run.pureness import Source, below, purity
+from lehr.run.seen import filled
 from lehr.run.tracing import Form, Route, Traced, checked_form, trace
-from lehr.run.walking import Memory, filled, walk
+from lehr.run.untouched import in_eval
+from lehr.run.walking import Memory, walk
 
 __all__ = ["Analysis", "Call", "CannotSplit", "Crossing", "Cut", "Halves", "analyse", "choose"]
 
@@ -170,20 +171,6 @@ def _parts(
         seen = walk(traced, model, tensors, memory)
     groups = memory.of_state(trained.values())
     return Parts(traced, seen, purity(traced, seen, groups), stilled)
-
-
-@contextmanager
-def in_eval(model: nn.Module, paths: frozenset[str] | tuple[str, ...]) -> Iterator[None]:
-    """The modules at these paths are in eval mode for the time being."""
-    modules = [m for path in paths for m in model.get_submodule(path).modules()]
-    modes = [m.training for m in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def _to_still(parts: Parts, model: nn.Module) -> frozenset[str]:

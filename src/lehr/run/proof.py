@@ -6,8 +6,8 @@ It must not know how the halves were made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 from lehr.run.cuts import Call, CannotSplit
 from lehr.run.facts import named, unwrap
-from lehr.run.prefix import Halves, in_eval
+from lehr.run.nearness import near, tolerance
+from lehr.run.prefix import Halves
 from lehr.run.randomness import Randomness, RandomState
-from lehr.run.tracing import Form, without_caches
-from lehr.run.walking import Mark, near, state_kept, tolerance
+from lehr.run.tracing import Form
+from lehr.run.untouched import Mark, in_eval, same_random, state_kept, tensors_kept, without_caches
 
 Judged = Callable[[Any], torch.Tensor]
 _TINY = 1e-6
@@ -52,7 +53,7 @@ def prove(
     with ExitStack() as kept:
         for one in (
             state_kept(own, device),
-            _tensors_kept(tensors),
+            tensors_kept(tensors),
             in_eval(own, halves.stilled),
             without_caches(own),
         ):
@@ -96,7 +97,7 @@ class _Checks:
         features = self.halves.prefix(*args, **kwargs)
         if any(mark.is_changed() for mark in marks):
             raise CannotSplit(f"the part up to {self.after} changes the model's own state")
-        if not _same_state(before, self.randomness.take()):
+        if not same_random(before, self.randomness.take()):
             raise CannotSplit(f"the part up to {self.after} draws random numbers")
         return features
 
@@ -171,7 +172,7 @@ class _Checks:
                 raise CannotSplit(
                     f"the buffer {name} changes otherwise when the model is cut behind {self.after}"
                 )
-        if not _same_state(whole.random, ours.random):
+        if not same_random(whole.random, ours.random):
             raise CannotSplit(
                 f"fewer random numbers are drawn when the model is cut behind {self.after}: its forward draws some of its own"
             )
@@ -203,20 +204,5 @@ def _step(model: nn.Module, loss: Judged, called: Any, randomness: Randomness, s
         return _Step(value.detach(), dict(zip(trained, found, strict=True)), changed, randomness.take())
 
 
-@contextmanager
-def _tensors_kept(tensors: list[torch.Tensor]) -> Iterator[None]:
-    """The inputs are afterwards as before, where the model writes to them."""
-    marks = [Mark(tensor, copied=True) for tensor in tensors]
-    try:
-        yield
-    finally:
-        for mark in marks:
-            mark.put_back()
-
-
 def _norm(tensors: Iterable[torch.Tensor]) -> float:
     return math.sqrt(sum(float(t.detach().double().norm()) ** 2 for t in tensors))
-
-
-def _same_state(one: RandomState, other: RandomState) -> bool:
-    return one.plain == other.plain and all(torch.equal(t, other.tensors[n]) for n, t in one.tensors.items())

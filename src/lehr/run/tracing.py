@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
@@ -23,7 +20,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lehr.run.cuts import Call, CannotSplit
+from lehr.run.randomness import Randomness
 from lehr.run.structure import clean
+from lehr.run.untouched import attributes_kept, quiet, same_random, without_caches, without_compiling
 
 Route = Literal["fx", "export"]
 _OWN = "model"
@@ -127,52 +126,30 @@ def trace(model: nn.Module, form: Form, tensors: Sequence[torch.Tensor], route: 
         CannotSplit: where it cannot be traced this way.
     """
     root = _Flat(model, form)
-    with quiet(), kept_as_it_is(model) as changed, _without_compiling(model), torch.no_grad():
+    randomness = Randomness(tensors[0].device)
+    before = randomness.take()
+    with quiet(), attributes_kept(model) as changed, without_compiling(model), torch.no_grad():
         try:
             traced = (_by_fx if route == "fx" else _by_export)(root, tensors)
+            draws = not same_random(before, randomness.take())
         except Exception as error:
             raise CannotSplit(
                 f"the model cannot be traced ({_reason(error)}); a branch on the values of a tensor, for example, has no "
                 "fixed graph"
             ) from error
+        finally:
+            randomness.put(before)
+    if draws:
+        raise CannotSplit(
+            "the model's forward draws random numbers of its own (in Python, or to decide what to do), so it is another one "
+            "each time; put the layers that do it in eval mode"
+        )
     if changed:
         raise CannotSplit(
             f"the model keeps tensors of a forward pass in its attribute {changed[0]}; return them instead, for a prefix "
             "that is not run keeps none"
         )
     return traced
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing that is done here warns, logs or prints."""
-    off = logging.root.manager.disable
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(off)
-
-
-@contextlib.contextmanager
-def kept_as_it_is(model: nn.Module) -> Iterator[list[str]]:
-    """Attributes of the model's modules are afterwards what they were; names those that had come to hold tensors.
-
-    Values are not copied: what is changed in place stays changed (`state_kept` in `walking` is for that).
-    """
-    before = [(path, module, _shallow(module)) for path, module in model.named_modules()]
-    changed: list[str] = []
-    try:
-        yield changed
-    finally:
-        for path, module, old in before:
-            changed += [f"{path}.{name}" if path else name for name in _put_back(module, old)]
 
 
 class _Returned:
@@ -249,7 +226,7 @@ def _notraced() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
 def _by_export(root: _Flat, tensors: Sequence[torch.Tensor]) -> Traced:
     batch = torch.export.Dim.AUTO
     shapes = ({0: batch},) * len(tensors)
-    with _without_caches(root.model), _without_autocast(tensors):
+    with without_caches(root.model), _without_autocast(tensors):
         program = torch.export.export(root, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
     unguarded = (
         {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
@@ -292,35 +269,6 @@ def _finished(graph: fx.Graph, owner: nn.Module, root: _Flat, route: Route) -> T
     return Traced(graph, owner, root.form, returned.spec, route)
 
 
-@contextlib.contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
-    """Configurations of transformers' kind say `use_cache`, whose caches no graph can return: off for the time being."""
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    found = {id(c): c for c in configs if getattr(c, "use_cache", None) is True}
-    try:
-        for config in found.values():
-            config.use_cache = False
-        yield
-    finally:
-        for config in found.values():
-            config.use_cache = True
-
-
-without_caches = _without_caches
-
-
-@contextlib.contextmanager
-def _without_compiling(model: nn.Module) -> Iterator[None]:
-    """Modules that `module.compile()` was called on are run as they are written."""
-    compiled = [m for m in model.modules() if m.__dict__.get("_compiled_call_impl") is not None]
-    before = [m.__dict__.pop("_compiled_call_impl") for m in compiled]
-    try:
-        yield
-    finally:
-        for module, call in zip(compiled, before, strict=True):
-            module.__dict__["_compiled_call_impl"] = call
-
-
 def _without_autocast(tensors: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[object]:
     """A graph is written down in the types of its inputs; autocast works where it is run."""
     return torch.autocast(tensors[0].device.type, enabled=False)
@@ -337,45 +285,3 @@ def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     first = lines[0] if len(lines[0]) <= 120 else f"{lines[0][:117]}..."
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-_LISTS = ("_parameters", "_buffers", "_modules")
-
-
-def _shallow(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A module's attributes, and what is in those that are lists, dicts or sets."""
-    own = dict(module.__dict__)
-    return own, {name: value.copy() for name, value in own.items() if type(value) in (list, dict, set)}
-
-
-def _put_back(module: nn.Module, before: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
-    own, inside = before
-    now = module.__dict__
-    held = [n for n, v in now.items() if (n not in own or v is not own[n]) and _holds_tensor(v)]
-    for name in [n for n in now if n not in own]:
-        del now[name]
-    for name, value in own.items():
-        if now.get(name, now) is not value:
-            now[name] = value
-    for name, old in inside.items():
-        value = own[name]
-        if len(value) != len(old) or not _same(value, old):
-            held += [name] if name not in _LISTS or _holds_tensor(value) else []
-            value.clear()
-            value.extend(old) if isinstance(value, list) else value.update(old)
-    return held
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(v is other[k] for k, v in one.items())
-    if isinstance(one, set):
-        return bool(one == other)
-    return all(a is b for a, b in zip(one, other, strict=True))
-
-
-def _holds_tensor(value: Any) -> bool:
-    parts = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-    )
-    return any(isinstance(part, (torch.Tensor, fx.Proxy)) for part in parts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,86 +18,14 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lehr.run.cuts import CannotSplit
-from lehr.run.randomness import Randomness
-from lehr.run.tracing import Traced, kept_as_it_is, quiet
+from lehr.run.nearness import near, tolerance
+from lehr.run.seen import Affine, Seen, Sizes, Tensor, Unclear, rebuilt_sequence
+from lehr.run.tracing import Traced
+from lehr.run.untouched import Mark, attributes_kept, quiet, state_kept
 
 SMALL, LARGE = 2, 3
 """Samples in the two batches: (0, 1) and (2, 1, 0)."""
 _SHARED = torch.tensor([2, 1])  # where the rows of the small batch are in the large one
-
-
-@dataclass(frozen=True)
-class Affine:
-    """A whole number that is `slope` times the batch size plus `offset`."""
-
-    slope: int
-    offset: int
-
-    def at(self, batch: int) -> int:
-        """The number for a batch of this size."""
-        return self.slope * batch + self.offset
-
-
-class Sizes(tuple[Any, ...]):
-    """A `torch.Size` with `Affine` in it."""
-
-    __slots__ = ()
-
-
-class Unclear:
-    """In the place of a value that is neither constant nor affine in the batch size."""
-
-
-def filled(value: Any, batch: int) -> Any:
-    """A value as it is for a batch of this size, where it can be known.
-
-    >>> filled(Sizes((Affine(2, 0), 5)), 3)
-    (6, 5)
-    """
-    if isinstance(value, Affine):
-        return value.at(batch)
-    if isinstance(value, slice):
-        return slice(*(filled(part, batch) for part in (value.start, value.stop, value.step)))
-    if isinstance(value, dict):
-        return {key: filled(part, batch) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return rebuilt_sequence(value, [filled(part, batch) for part in value])
-    return value
-
-
-def rebuilt_sequence(value: Any, parts: Sequence[Any]) -> Any:
-    """A tuple, named tuple or list like `value` with other parts; sizes become a plain tuple."""
-    if isinstance(value, Sizes):
-        return tuple(parts)
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of a node's value. `fold` is how many rows a sample has, where the rows come sample by sample; else 0.
-    `shape` is that of one row.
-    """
-
-    fold: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a node was seen to do. Groups number the memory that tensors share; those of the model's own state are
-    negative. `value` is the node's value with `Tensor`, `Affine` and `Unclear` in it; `same` whether it was the same for
-    both batches.
-    """
-
-    value: Any
-    groups: frozenset[int]
-    reads: frozenset[int]
-    writes: frozenset[int]
-    draws: bool
-    mixes: bool
-    same: bool
-    flops: int
 
 
 @dataclass
@@ -139,7 +66,7 @@ def walk(
         CannotSplit: where the graph cannot be run, or would change a parameter.
     """
     small, large = _batches(tensors)
-    with quiet(), state_kept(model, tensors[0].device), kept_as_it_is(model), torch.no_grad():
+    with quiet(), state_kept(model, tensors[0].device), attributes_kept(model), torch.no_grad():
         torch.clear_autocast_cache()
         walker = _Walker(traced, memory, tolerance(tensors[0].device), model.buffers())
         try:
@@ -286,72 +213,6 @@ class _Compared:
         if not near(a.reshape(SMALL, -1), b.reshape(LARGE, -1)[_SHARED.to(b.device)], self.near):
             self.mixes = True
         return Tensor(rows // SMALL, tuple(a.shape[1:]), a.dtype)
-
-
-def near(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
-    """Whether two tensors are the same, floating point up to so much of the norm."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
-    unequal = (a != b) & ~(a.isnan() & b.isnan())
-    if not unequal.any():
-        return True
-    off = (a - b).masked_fill(~unequal, 0).abs().double().norm()
-    size = a.abs().masked_fill(~a.isfinite(), 0).double().norm()
-    return bool(off <= tolerance * size)
-
-
-def tolerance(device: torch.device) -> float:
-    """How far two computations of the same may be apart, as a share of the norm, in the arithmetic that is on.
-
-    The worst that was seen over the models of benchmarks/coverage.py is in docs/prefix.md; autocast's types have 8 and 11
-    bits.
-    """
-    if not torch.is_autocast_enabled(device.type):
-        return 1e-3
-    return 3e-2 if torch.get_autocast_dtype(device.type) is torch.bfloat16 else 1e-2
-
-
-@contextmanager
-def state_kept(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Buffers and random states are afterwards as before, also where something fails."""
-    randomness = Randomness(device)
-    before = randomness.take()
-    marks = [Mark(buffer, copied=True) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for mark in marks:
-            mark.put_back()
-        randomness.put(before)
-
-
-class Mark:
-    """A tensor as it is now. A buffer is to be `copied`: batch-norm moves its statistics without a trace in their version."""
-
-    def __init__(self, tensor: torch.Tensor, *, copied: bool) -> None:
-        self.tensor = tensor
-        self._version = tensor._version
-        self._copy = tensor.detach().clone() if copied else None
-
-    def is_changed(self) -> bool:
-        """Whether something was written to it since."""
-        return self.tensor._version != self._version or (
-            self._copy is not None and not same_bits(self.tensor, self._copy)
-        )
-
-    def put_back(self) -> None:
-        """Make it what it was."""
-        if self.is_changed():
-            assert self._copy is not None
-            with torch.no_grad():
-                self.tensor.copy_(self._copy)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal, NaN included."""
-    return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
