@@ -175,7 +175,7 @@ def keras(model: nn.Module, task: Task) -> None:
     from keras.layers import TorchModuleWrapper
 
     class Marks(library.callbacks.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
             task.step_done()
 
     task.freeze(model)
