@@ -17,7 +17,7 @@ from lehr.events import ConditionMet, Interrupted, RateReduced, RunEnded, StepsT
 from lehr.journal import effective, read_journal
 from lehr.run.checkpoint import CheckpointFolder
 from nursery import Nursery, nursery
-from variants import DEAD, STEPS, Case, Stop, run
+from variants import STEPS, Case, Stop, check, never_stopped, run, stopped
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are copied")
 _ONCE, _TWICE, _TERM = ("SIGINT",), ("SIGINT", "SIGINT"), ("SIGTERM",)
@@ -36,7 +36,7 @@ def reference(place: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Whole
 
 @pytest.fixture(scope="module")
 def usual(place: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return _never_stopped(place, tmp_path_factory.mktemp("usual"), Case())
+    return never_stopped(place, tmp_path_factory.mktemp("usual"), Case())
 
 
 @pytest.mark.parametrize("number", range(10))
@@ -52,31 +52,6 @@ def test_a_killed_run_leaves_no_processes(place: Nursery, reference: Whole, tmp_
     """The processes that load samples end by themselves when the run that began them is killed."""
     trial(place, tmp_path, 5, reference)  # with workers when it is killed
     assert place.left(wait=60.0) == 0
-
-
-def _never_stopped(place: Nursery, folder: Path, case: Case) -> dict[str, str]:
-    """What a run ends with."""
-    ended = place.run(partial(run, case, folder / "whole"))
-    assert ended.code == 0, ended.said
-    return outcome(folder / "whole")
-
-
-def _stopped(place: Nursery, out: Path, case: Case, *stops: Stop) -> dict[str, str]:
-    """What a run ends with that is stopped there, resumed, stopped again, and so on, and resumed."""
-    codes = {"death": DEAD, "SIGINT": 130, "SIGTERM": 143}
-    for stop in stops:
-        ended = place.run(partial(run, case, out, stop))
-        assert ended.code == codes[stop.how[-1]], ended.said
-    ended = place.run(partial(run, case, out))
-    assert ended.code == 0, ended.said
-    return outcome(out)
-
-
-def _check(place: Nursery, folder: Path, case: Case, *stops: Stop) -> dict[str, str]:
-    """Compare a run that is stopped with one that is not."""
-    expected = _never_stopped(place, folder, case)
-    assert differences(expected, _stopped(place, folder / "stopped", case, *stops)) == []
-    return expected
 
 
 @pytest.mark.parametrize(
@@ -99,7 +74,7 @@ def _check(place: Nursery, folder: Path, case: Case, *stops: Stop) -> dict[str, 
 )
 def test_death_at_a_place(place: Nursery, usual: dict[str, str], tmp_path: Path, stop: Stop) -> None:
     """A run that dies at the given place ends with the same bits."""
-    assert differences(usual, _stopped(place, tmp_path / "stopped", Case(), stop)) == []
+    assert differences(usual, stopped(place, tmp_path / "stopped", Case(), stop)) == []
 
 
 @pytest.mark.parametrize(
@@ -130,7 +105,7 @@ def test_a_signal_at_a_place(
     assert found
     assert found.snapshot.state.at.step == steps
     expected = {**usual, "state": ""}
-    assert differences(expected, {**_stopped(place, out, case), "state": ""}) == []
+    assert differences(expected, {**stopped(place, out, case), "state": ""}) == []
     records = read_journal(out / "journal.jsonl")
     assert [r.event for r in records if isinstance(r.event, Interrupted)] == [Interrupted(steps)]
     lost = [r for r in records if isinstance(r.event, StepsTaken) and r not in effective(records.records)]
@@ -140,7 +115,7 @@ def test_a_signal_at_a_place(
 def test_a_second_ctrl_c(place: Nursery, usual: dict[str, str], tmp_path: Path) -> None:
     """A second Ctrl-C leaves at once, within the step, and the run can be gone on with all the same."""
     stop = Stop("training", 4 * STEPS + 3, _TWICE)
-    assert differences(usual, _stopped(place, tmp_path / "stopped", Case(), stop)) == []
+    assert differences(usual, stopped(place, tmp_path / "stopped", Case(), stop)) == []
 
 
 def test_a_signal_after_the_last_step(place: Nursery, usual: dict[str, str], tmp_path: Path) -> None:
@@ -161,14 +136,14 @@ def test_a_loader_of_ones_own(place: Nursery, tmp_path: Path, generator: bool, w
         Stop("validation", 3),
         Stop("EpochEnded"),
     )
-    _check(place, tmp_path, case, *stops)
+    check(place, tmp_path, case, *stops)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_loss_with_a_memory(place: Nursery, tmp_path: Path, precision: str) -> None:
     """A loss that is a module with a buffer, and draws from `random` and numpy, goes on as it was, in any precision."""
     case = Case(own_loss=True, more={"precision": precision})
-    _check(place, tmp_path, case, Stop("training", 2 * STEPS + 3), Stop("training", 4, _ONCE))
+    check(place, tmp_path, case, Stop("training", 2 * STEPS + 3), Stop("training", 4, _ONCE))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +166,7 @@ def test_every_optimizer(place: Nursery, tmp_path: Path, optimizer: dict[str, An
     if not hasattr(torch.optim, "Adafactor") and optimizer["name"] == "adafactor":
         pytest.skip("this torch has no Adafactor")
     case = Case(recipe={"optimizer": optimizer, "weight_decay": 0.0})
-    _check(place, tmp_path, case, Stop("training", 6 * STEPS + 3))
+    check(place, tmp_path, case, Stop("training", 6 * STEPS + 3))
 
 
 _RESTORING = tuple(
@@ -211,7 +186,7 @@ def test_patience_and_the_best(place: Nursery, tmp_path: Path, nth: int) -> None
         recipe={"patience": "2 epochs", "monitor": "valid_loss", "ema": None}, stages=_RESTORING,
         more={"checkpoint": {"every": "1 step", "keep_best": 3}},
     )  # fmt: skip
-    _check(place, tmp_path, case, Stop("EpochEnded", nth))
+    check(place, tmp_path, case, Stop("EpochEnded", nth))
     events = [record.event for record in read_journal(tmp_path / "whole" / "journal.jsonl")]
     assert [event.reason for event in events if isinstance(event, RunEnded)] == ["patience"]
 
@@ -226,7 +201,7 @@ _DECIDING = (
 @pytest.fixture(scope="module")
 def deciding(place: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("deciding")
-    ended = _never_stopped(place, folder, Case(stages=_DECIDING))
+    ended = never_stopped(place, folder, Case(stages=_DECIDING))
     events = [record.event for record in read_journal(folder / "whole" / "journal.jsonl")]
     assert next((e.stage, e.step) for e in events if isinstance(e, ConditionMet)) == (0, 4)
     assert [e.stage for e in events if isinstance(e, RateReduced)] == [1]
@@ -256,7 +231,7 @@ def test_death_beside_a_decision(
     """
     case = Case(stages=_DECIDING, more={"checkpoint": often})
     expected = {**deciding, "state": ""}
-    assert differences(expected, {**_stopped(place, tmp_path / "stopped", case, stop), "state": ""}) == []
+    assert differences(expected, {**stopped(place, tmp_path / "stopped", case, stop), "state": ""}) == []
 
 
 _TURNS = (
@@ -279,7 +254,7 @@ def test_turns(place: Nursery, tmp_path: Path, loader: bool) -> None:
     shuffled loader of one's own with random samples as well.
     """
     case = Case(stages=_TURNS, loader=loader)
-    _check(
+    check(
         place,
         tmp_path,
         case,
@@ -302,4 +277,4 @@ def test_rounds_that_are_nobodys(place: Nursery, tmp_path: Path) -> None:
     for nth in (0, 1, 2, 3):
         folder = tmp_path / str(nth)
         folder.mkdir()
-        _check(place, folder, case, Stop("training", nth, _ONCE), Stop("training", 1, _ONCE))
+        check(place, folder, case, Stop("training", nth, _ONCE), Stop("training", 1, _ONCE))

@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lehr
-from killing import leave
+from killing import differences, leave, outcome
 from lehr.events import Event
+from nursery import Nursery
 
 DEAD = 9
 STEPS = 3
@@ -143,3 +145,28 @@ def run(case: Case, out: Path, stop: Stop | None = None) -> None:
 def _loader(case: Case, data: TensorDataset) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(3) if case.generator else None
     return DataLoader(_Noisy(data), 4, shuffle=True, generator=generator, num_workers=case.workers)
+
+
+def never_stopped(place: Nursery, folder: Path, case: Case) -> dict[str, str]:
+    """What a run ends with."""
+    ended = place.run(partial(run, case, folder / "whole"))
+    assert ended.code == 0, ended.said
+    return outcome(folder / "whole")
+
+
+def stopped(place: Nursery, out: Path, case: Case, *stops: Stop) -> dict[str, str]:
+    """What a run ends with that is stopped there, resumed, stopped again, and so on, and resumed."""
+    codes = {"death": DEAD, "SIGINT": 130, "SIGTERM": 143}
+    for stop in stops:
+        ended = place.run(partial(run, case, out, stop))
+        assert ended.code == codes[stop.how[-1]], ended.said
+    ended = place.run(partial(run, case, out))
+    assert ended.code == 0, ended.said
+    return outcome(out)
+
+
+def check(place: Nursery, folder: Path, case: Case, *stops: Stop) -> dict[str, str]:
+    """Compare a run that is stopped with one that is not."""
+    expected = never_stopped(place, folder, case)
+    assert differences(expected, stopped(place, folder / "stopped", case, *stops)) == []
+    return expected

@@ -28,8 +28,8 @@ from lehr.run.cuts import CannotSplit
 from lehr.run.kept import Kept, digests_of, key_of
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed, Window, view_of
+from lehr.run.untouched import same_bits
 from lehr.run.update import Loss, Returned, placed
-from lehr.run.walking import same_bits
 from lehr.run.ways import TooLittle, Wanted, Way, find_way, through_suffix
 
 _LONG = 5.0

@@ -22,8 +22,8 @@ from lehr.run.memory import part
 from lehr.run.precision import Arithmetic
 from lehr.run.prefix import Halves, analyse
 from lehr.run.proof import Judged, prove
+from lehr.run.untouched import state_kept
 from lehr.run.update import Loss, Returned, scalar_loss
-from lehr.run.walking import state_kept
 
 _PROVED = 4  # samples of a real batch on which a prefix is proved
 LEAST_SHARE = 0.2
