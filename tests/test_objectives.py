@@ -99,8 +99,8 @@ def test_the_optimizers_count_for_themselves(tmp_path: Path) -> None:
 
 
 def test_it_is_the_loop_by_hand() -> None:
-    """The weights are those of a loop written by hand in plain PyTorch: two optimizers, requires_grad, and eval mode for
-    the other network.
+    """The weights are those of a loop written by hand in plain PyTorch: two optimizers (fused, as lehr takes them),
+    requires_grad, and eval mode for the other network.
     """
     how = recipe(g={"every": 2}, schedule=constant())
     result = adversaries.fit(recipe=how)
@@ -108,8 +108,8 @@ def test_it_is_the_loop_by_hand() -> None:
     own = {"d": model.discriminator, "g": model.generator}
     other = {"d": model.generator, "g": model.discriminator}
     optimizers = {
-        "d": torch.optim.Adam(model.discriminator.parameters(), lr=0.02, betas=(0.5, 0.999)),
-        "g": torch.optim.Adam(model.generator.parameters(), lr=0.01, betas=(0.5, 0.999)),
+        "d": torch.optim.Adam(model.discriminator.parameters(), lr=0.02, betas=(0.5, 0.999), fused=True),
+        "g": torch.optim.Adam(model.generator.parameters(), lr=0.01, betas=(0.5, 0.999), fused=True),
     }
     from lehr.run.sampler import cut, order
 
