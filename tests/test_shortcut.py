@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import lehr
 from lehr.errors import RecipeError
 from lehr.events import PrefixCached
 from lehr.run import cache
+from lehr.run.ways import Way
 from short_runs import Net, Own, close, images, loader, net, ran, recipe, same
 
 EXACT = {"cache_exact": True}
@@ -53,10 +55,10 @@ def test_no_sample_is_loaded_again() -> None:
 def test_folded_and_partial_batches_come_close(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default, and with batches that do not divide the samples, the same within rounding."""
     monkeypatch.setattr("lehr.run.folding._LARGE", 0)
-    data = images(22)
-    short = ran(recipe(["head", "blocks.1"], length="6 epochs"), train=data)
+    data, said = images(22), {"train": ["head", "blocks.1"], "optimizer": "sgd"}
+    short = ran(recipe(**said), train=data)
     assert short.cached["train"].folded
-    assert close(short, ran(recipe(["head", "blocks.1"], length="6 epochs", cache="off"), train=data))
+    assert close(short, ran(recipe(cache="off", **said), train=data))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", {"name": "sgd", "momentum": 0.9}])
@@ -283,3 +285,67 @@ def test_a_small_job_is_left_alone() -> None:
     found = ran(recipe(cache="auto"))
     assert not [event for event in found.events if isinstance(event, PrefixCached)]
     assert "cache" not in found.notes
+
+
+class Fussy(Net):
+    """Its frozen part is computed otherwise for batches of fewer than four."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(_fussy(self.blocks(x)).mean((2, 3)))
+
+
+def _fussy(x: torch.Tensor) -> torch.Tensor:
+    return x if len(x) >= 4 else x.flatten(0, 1)[:, None].expand(-1, 8, -1, -1)[: len(x)]
+
+
+torch.fx.wrap("_fussy")
+
+
+def test_a_batch_that_does_not_fit_is_trained_the_long_way() -> None:
+    """Where a batch turns out to need another way through the model, the run goes on the long way and says so."""
+    data = images(18)
+    found = ran(recipe(cache="auto", optimizer="sgd"), model=net(Fussy), train=data, valid=None)
+    assert close(found, ran(recipe(cache="off", optimizer="sgd"), model=net(Fussy), train=data, valid=None))
+
+
+def test_features_are_computed_in_the_batches_of_the_first_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes on after a stop computes each sample's features beside the same samples as the run that was not stopped,
+    since on some machines what lies beside it decides its last bit.
+    """
+    beside: dict[bytes, set[tuple[bytes, ...]]] = {}
+    kept = Way.kept
+
+    def recorded(self: Way, batch: Any) -> list[torch.Tensor]:
+        together = tuple(image.numpy().tobytes() for image in batch[0])
+        for image in together:
+            beside.setdefault(image, set()).add(together)
+        return kept(self, batch)
+
+    monkeypatch.setattr(Way, "kept", recorded)
+    said = recipe(length="7 epochs", views=2)
+    data = {"train": Own(lambda image, _: image + torch.randn(())), "valid": None}
+    ran(said, out=tmp_path / "whole", **data)
+    expected = dict(beside)
+    for step in (1, 4, 11, 16):
+        out = tmp_path / str(step)
+        with pytest.raises(KeyboardInterrupt):
+            ran(said, out=out, checkpoint="1 step", loss=_interrupted_in(step), **data)
+        beside.clear()
+        ran(said, out=out, resume=True, loss=_interrupted_in(None), **data)
+        assert beside
+        assert all(beside[image] == expected[image] for image in beside)
+
+
+def _interrupted_in(step: int | None) -> Any:
+    """Cross-entropy, and Ctrl-C in the step (counted by the optimizer's updates that have been done)."""
+    calls = iter(range(10**6))
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        outputs = model(batch[0])
+        if not isinstance(model, nn.Module) and torch.is_grad_enabled() and next(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return functional.cross_entropy(outputs, batch[1])
+
+    return loss

@@ -96,7 +96,7 @@ class Shortcut:
         self._store: Store | None = None
         self._kept: Kept | None = None
         self._is_off = self._has_overflown = False
-        self._ends = ""
+        self._ends, self._view = "", 0
         self._known: list[Known] = []
 
     way: Way | None
@@ -154,8 +154,9 @@ class Shortcut:
     def _drawn(self, stage: PlannedStage, epoch: int, skipped: int = 0) -> Iterator[Drawn]:
         if self.feed.loader is not None:
             return self._theirs()
+        self._view = view_of(stage, epoch)
         slots = self._slots(stage, epoch)[skipped:]
-        return self._own(self.feed.indices(stage, epoch)[skipped:], slots, view_of(stage, epoch))
+        return self._own(self.feed.indices(stage, epoch)[skipped:], slots, self._view)
 
     def _slots(self, stage: PlannedStage, epoch: int) -> list[torch.Tensor]:
         """Where the samples of an epoch's batches lie: those of a view are spread, that each part of the slots has all."""
@@ -223,8 +224,12 @@ class Shortcut:
         if self._kept and digests is not None and self._kept.take(slots, digests):
             self.tally.read += len(slots)
             return way.halfway(store.get(drawn.slots))
-        with self._terms.on.autocast():
-            kept = way.kept(placed(drawn.batch, self._terms.on.device))
+        try:
+            with self._terms.on.autocast():
+                kept = way.kept(placed(drawn.batch, self._terms.on.device))
+        except CannotSplit as why:
+            self._ends = str(why)
+            return self._whole(drawn)
         rounded = [c.rounded(t) for c, t in zip(way.columns, kept, strict=True)]
         if (
             not way.narrow or _finite(rounded) or not _finite(kept)
@@ -241,6 +246,15 @@ class Shortcut:
         self.tally.read += len(drawn.slots) - len(slots)
         self.tally.computing += time.monotonic() - began
         return way.halfway(rounded)
+
+    def _whole(self, drawn: Drawn) -> Any:
+        """The batch of samples itself; where only a part of it was loaded, all of it is."""
+        if drawn.missing.all():
+            return drawn.batch
+        indices = drawn.slots // self._terms.views
+        if self.feed.loader is not None:
+            return self.feed.collated(indices)
+        return next(iter(self.feed.batches_of([indices], self._view)))
 
     def _overflown(self) -> None:
         if not self._has_overflown:
