@@ -1,0 +1,83 @@
+"""The allocator: told to keep blocks where that is possible, and left alone, with the reason, everywhere else."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lehr.run import allocator
+from lehr.run.allocator import keep_blocks
+
+IS_GLIBC = sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
+PROGRAM = """
+import ctypes, resource, sys
+from lehr.run.allocator import keep_blocks
+said = keep_blocks()
+def fetched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        block = ctypes.create_string_buffer(40 << 20)
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+fetched()
+print(said.is_tuned, fetched())
+"""
+
+
+def in_a_process(**environ: str) -> tuple[bool, int]:
+    """Whether the allocator of a new process was told, and the pages that 20 blocks of 40 MiB fetched anew then."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LEHR_"))}
+    clean |= {"PYTHONPATH": str(Path(allocator.__file__).parents[2]), **environ}
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=clean, capture_output=True, text=True, check=True
+    )
+    is_tuned, pages = found.stdout.split()
+    return is_tuned == "True", int(pages)
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="glibc on Linux alone has these parameters")
+def test_blocks_that_were_freed_are_used_again() -> None:
+    """Told so, a process fetches no new pages for blocks as large as those it has just freed; else it does, each time."""
+    is_tuned, pages = in_a_process()
+    as_it_is, fetched = in_a_process(LEHR_MALLOC="off")
+    assert (is_tuned, as_it_is) == (True, False)
+    of_a_block = (40 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert pages < of_a_block < 10 * of_a_block < fetched
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="elsewhere another reason comes first")
+@pytest.mark.parametrize(
+    ("device", "environ", "why"),
+    [
+        ("cpu", {"LEHR_MALLOC": "off"}, "LEHR_MALLOC=off"),
+        ("cuda", {}, "the arithmetic happens on cuda"),
+        ("cpu", {"MALLOC_ARENA_MAX": "2"}, "MALLOC_ARENA_MAX is set in the environment"),
+        ("cpu", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1"}, "GLIBC_TUNABLES is set"),
+        ("cpu", {"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"}, "the allocator is jemalloc"),
+    ],
+)
+def test_it_is_left_alone_where_a_person_has_chosen(device: str, environ: dict[str, str], why: str) -> None:
+    """What was chosen by hand stays, and the sentence says what stood in the way."""
+    found = keep_blocks(device, environ)
+    assert not found.is_tuned
+    assert why in found.said
+
+
+@pytest.mark.parametrize(
+    ("system", "library", "why"),
+    [("darwin", ("", ""), "not Linux"), ("win32", ("", ""), "not Linux"), ("linux", ("", ""), "not glibc")],
+)
+def test_other_systems_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, system: str, library: tuple[str, str], why: str
+) -> None:
+    """macOS, Windows and musl have other allocators: nothing is called there."""
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "libc_ver", lambda: library)
+    found = keep_blocks("cpu", {})
+    assert not found.is_tuned
+    assert why in found.said
