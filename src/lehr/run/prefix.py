@@ -20,14 +20,17 @@ from lehr.run.cutting import Place, places
 from lehr.run.facts import named, unwrap
 from lehr.run.folding import folded
 from lehr.run.halving import Parts, Prefix, Suffix, halve
+from lehr.run.pinning import pin_of
 from lehr.run.pureness import Source, below, purity
 from lehr.run.seen import filled
+from lehr.run.structure import clean
 from lehr.run.tracing import Form, Route, Traced, checked_form, trace
 from lehr.run.untouched import in_eval
 from lehr.run.walking import Memory, walk
 
 __all__ = ["Analysis", "Call", "CannotSplit", "Crossing", "Cut", "Halves", "analyse", "choose"]
 
+_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _ENOUGH = 0.2
 """Below this share torch.export is asked, too: what torch.fx calls as a whole it looks into."""
 
@@ -157,7 +160,7 @@ def _analysed(
         parts = _parts(model, form, tensors, trained, route, stilled)
     found = places(parts.traced, parts.seen, parts.found)
     if not found:
-        raise CannotSplit(_why_nothing(parts, trained))
+        raise CannotSplit(_why_nothing(parts, trained, model))
     return Analysis(tuple(p.cut for p in found), route, tuple(sorted(parts.stilled)), parts, found)
 
 
@@ -169,8 +172,20 @@ def _parts(
         traced = trace(model, form, tensors, route)
         memory = Memory.of(model)
         seen = walk(traced, model, tensors, memory)
-    groups = memory.of_state(trained.values())
+    groups = memory.of_state([*trained.values(), *_moving(model)])
     return Parts(traced, seen, purity(traced, seen, groups), stilled)
+
+
+def _moving(model: nn.Module) -> list[torch.Tensor]:
+    """In evaluation: the batch statistics that training moves, as far as can be told: those of what is not pinned in eval
+    mode. In training a forward pass shows it.
+    """
+    return [
+        buffer
+        for module in model.modules()
+        if not model.training and isinstance(module, _STATISTICS) and pin_of(module) is None
+        for buffer in module.buffers(recurse=False)
+    ]
 
 
 def _to_still(parts: Parts, model: nn.Module) -> frozenset[str]:
@@ -201,7 +216,7 @@ def _uses_parameter(parts: Parts, node: fx.Node) -> bool:
     )
 
 
-def _why_nothing(parts: Parts, trained: Mapping[str, nn.Parameter]) -> str:
+def _why_nothing(parts: Parts, trained: Mapping[str, nn.Parameter], model: nn.Module) -> str:
     """The first thing that keeps everything behind it from being kept."""
     number = {node: n for n, node in enumerate(parts.seen)}
     sources = sorted(
@@ -212,7 +227,7 @@ def _why_nothing(parts: Parts, trained: Mapping[str, nn.Parameter]) -> str:
     first = sources[0]
     where = (parts.traced.path(first.node) or ("the model's own forward",))[-1]
     if first.kind == "trained":
-        return _why_trained(parts, first, trained)
+        return _why_trained(parts, first, trained, model)
     if first.kind == "random":
         return f"nothing to cache: {where} draws random numbers before anything frozen is computed; put it in eval mode"
     if first.kind == "batch":
@@ -220,11 +235,17 @@ def _why_nothing(parts: Parts, trained: Mapping[str, nn.Parameter]) -> str:
     return f"nothing to cache: {where} changes the model's own state while it runs; freeze it, or put it in eval mode"
 
 
-def _why_trained(parts: Parts, first: Source, trained: Mapping[str, nn.Parameter]) -> str:
+def _why_trained(parts: Parts, first: Source, trained: Mapping[str, nn.Parameter], model: nn.Module) -> str:
     held = parts.traced.target(first.node) if first.node.op in ("get_attr", "call_module") else None
     inside = {id(p) for p in held.parameters()} if isinstance(held, nn.Module) else {id(held)}
-    name = next((n for n, p in trained.items() if id(p) in inside), "a parameter that trains")
-    return f"nothing to cache: {name} trains and is used first"
+    name, parameter = next(((n, p) for n, p in trained.items() if id(p) in inside), ("a parameter", None))
+    others = [
+        clean(n)
+        for n, p in model.named_parameters(remove_duplicate=False)
+        if p is parameter and clean(n) != name
+    ]
+    shared = f"; it is shared with {', '.join(others)}" if others else ""
+    return f"nothing to cache: {name} trains and is used first{shared}"
 
 
 def _code(traced: Traced, cut: Cut) -> str:

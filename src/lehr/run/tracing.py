@@ -144,9 +144,9 @@ def trace(model: nn.Module, form: Form, tensors: Sequence[torch.Tensor], route: 
             "the model's forward draws random numbers of its own (in Python, or to decide what to do), so it is another one "
             "each time; put the layers that do it in eval mode"
         )
-    if changed:
+    if kept := next((name for name, held in changed if any(map(_is_of_inputs, held))), None):
         raise CannotSplit(
-            f"the model keeps tensors of a forward pass in its attribute {changed[0]}; return them instead, for a prefix "
+            f"the model keeps tensors of a forward pass in its attribute {kept}; return them instead, for a prefix "
             "that is not run keeps none"
         )
     return traced
@@ -195,7 +195,7 @@ class _Tracer(fx.Tracer):
         self, count: int, leaves: tuple[type, ...], functions: tuple[Callable[..., Any], ...]
     ) -> None:
         searched: Any = (math, torchvision.ops)
-        super().__init__(autowrap_modules=searched, autowrap_functions=functions, param_shapes_constant=True)
+        super().__init__(autowrap_modules=searched, autowrap_functions=functions)
         self.count, self.leaves = count, leaves
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
@@ -267,6 +267,22 @@ def _finished(graph: fx.Graph, owner: nn.Module, root: _Flat, route: Route) -> T
         tuple(next(computed) if c else p for p, c in zip(returned.plain, returned.computed, strict=True)),
     )
     return Traced(graph, owner, root.form, returned.spec, route)
+
+
+def _is_of_inputs(held: Any) -> bool:
+    """Whether something depends on the inputs, as far as it can be told: what a module computes from its weights alone it
+    may put away as it likes.
+    """
+    if not isinstance(held, fx.Proxy):
+        return True
+    rest, known = [held.node], set()
+    while rest:
+        node = rest.pop()
+        if node.op == "placeholder":
+            return True
+        rest += [a for a in node.all_input_nodes if a not in known]
+        known |= set(node.all_input_nodes)
+    return False
 
 
 def _without_autocast(tensors: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[object]:

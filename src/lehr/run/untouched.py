@@ -38,18 +38,23 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[list[str]]:
-    """Attributes of the model's modules are afterwards what they were; names those that had come to hold tensors.
+def attributes_kept(model: nn.Module) -> Iterator[list[tuple[str, list[Any]]]]:
+    """Attributes of the model's modules are afterwards what they were. Gives those that had come to hold tensors by name, with
+    what they held. Dicts of tensors, in which some modules keep what they have computed from their weights, are empty.
 
     Values are not copied: what is changed in place stays changed (`state_kept` is for that).
     """
     before = [(path, module, _shallow(module)) for path, module in model.named_modules()]
-    changed: list[str] = []
+    changed: list[tuple[str, list[Any]]] = []
+    for _, module, _ in before:
+        for name, value in module.__dict__.items():
+            if name not in _LISTS and type(value) is dict and _held_tensors(value):
+                value.clear()
     try:
         yield changed
     finally:
         for path, module, old in before:
-            changed += [f"{path}.{name}" if path else name for name in _put_back(module, old)]
+            changed += [(f"{path}.{n}" if path else n, held) for n, held in _put_back(module, old).items()]
 
 
 @contextmanager
@@ -155,10 +160,10 @@ def _shallow(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, {name: value.copy() for name, value in own.items() if type(value) in (list, dict, set)}
 
 
-def _put_back(module: nn.Module, before: tuple[dict[str, Any], dict[str, Any]]) -> list[str]:
+def _put_back(module: nn.Module, before: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, list[Any]]:
     own, inside = before
     now = module.__dict__
-    held = [n for n, v in now.items() if (n not in own or v is not own[n]) and _holds_tensor(v)]
+    held = {n: _held_tensors(v) for n, v in now.items() if n not in own or v is not own[n]}
     for name in [n for n in now if n not in own]:
         del now[name]
     for name, value in own.items():
@@ -167,10 +172,11 @@ def _put_back(module: nn.Module, before: tuple[dict[str, Any], dict[str, Any]]) 
     for name, old in inside.items():
         value = own[name]
         if len(value) != len(old) or not _same(value, old):
-            held += [name] if name not in _LISTS or _holds_tensor(value) else []
+            known = {id(t) for t in _held_tensors(old)}
+            held[name] = [t for t in _held_tensors(value) if id(t) not in known]
             value.clear()
             value.extend(old) if isinstance(value, list) else value.update(old)
-    return held
+    return {name: tensors for name, tensors in held.items() if tensors}
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -181,8 +187,9 @@ def _same(one: Any, other: Any) -> bool:
     return all(a is b for a, b in zip(one, other, strict=True))
 
 
-def _holds_tensor(value: Any) -> bool:
+def _held_tensors(value: Any) -> list[Any]:
+    """The tensors, or what stands for them while a model is traced, in an attribute."""
     parts = (
         value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
     )
-    return any(isinstance(part, (torch.Tensor, fx.Proxy)) for part in parts)
+    return [part for part in parts if isinstance(part, (torch.Tensor, fx.Proxy))]

@@ -1,0 +1,209 @@
+"""One model of benchmarks/coverage.py: cut in six ways, and compared with the whole. Prints its record as a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from coverage_models import case
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import lehr
+from lehr.run.facts import named
+from lehr.run.freezing import set_trainable
+from lehr.run.prefix import Call, CannotSplit, Halves, analyse, choose
+from lehr.run.proof import prove
+
+BATCH, OTHER = 3, 2
+SMALL = 1e-3
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    made = case(sys.argv[1])
+    thaws = _thaws(made.model, made.head)
+    ways = [
+        _way(made.model, made.call, thawed, names, mode)
+        for thawed, names in thaws.items()
+        for mode in ("train", "eval")
+    ]
+    print(json.dumps({"ways": ways, "parameters": sum(p.numel() for p in made.model.parameters())}))
+    return 0
+
+
+def _thaws(model: nn.Module, head: str | None) -> dict[str, frozenset[str]]:
+    """The head, with the last block, and with the last stage: the blocks that lie beside the last one; where those are all
+    blocks there are, the last quarter of them.
+    """
+    facts = lehr.inspect(model, head=head)
+    parents = [block[0].rpartition(".")[0] for block in facts.blocks]
+    beside = [block for block, parent in zip(facts.blocks, parents, strict=True) if parent == parents[-1]]
+    if len(beside) in (1, len(facts.blocks)):
+        beside = list(facts.blocks[-max(2, len(facts.blocks) // 4) :])
+
+    def under(*paths: str) -> frozenset[str]:
+        return frozenset(n for n in named(model) if any(n == p or n.startswith(f"{p}.") for p in paths))
+
+    return {
+        "head": under(*facts.head),
+        "block": under(*facts.head, *facts.blocks[-1]),
+        "stage": under(*facts.head, *(path for block in beside for path in block)),
+    }
+
+
+def _way(
+    model: nn.Module, call: Callable[[int], Any], thawed: str, names: frozenset[str], mode: str
+) -> dict[str, Any]:
+    set_trainable(model, names)
+    model.train(mode == "train")
+    torch.manual_seed(1)
+    args, kwargs = call(BATCH)
+    record: dict[str, Any] = {"thawed": thawed, "mode": mode, "split": False}
+    began = time.process_time()
+    seen = _state(model)
+    try:
+        with torch.set_grad_enabled(mode == "train"):
+            analysis = analyse(model, Call(args, kwargs), trained=names)
+            cut = choose(analysis.cuts)
+            assert cut is not None
+            halves = analysis.split(cut)
+            loss = (lambda f: _loss(f(*args, **kwargs))) if mode == "train" else None
+            prove(model, halves, Call(args, kwargs), loss=loss, store=None)
+            fast = _fast(model, halves, Call(args, kwargs), loss) if mode == "train" else halves
+    except CannotSplit as why:
+        return record | {
+            "why": str(why),
+            "seconds": round(time.process_time() - began, 2),
+            "kept": _same(seen, _state(model)),
+        }
+    record |= {
+        "seconds": round(time.process_time() - began, 2),
+        "kept": _same(seen, _state(model)),
+        "split": True,
+    }
+    record |= {
+        "share": cut.share,
+        "after": cut.after,
+        "bytes": cut.bytes_in(None),
+        "tensors": len(cut.crossings),
+    }
+    record |= {
+        "route": analysis.route,
+        "stilled": analysis.stilled,
+        "cuts": len(analysis.cuts),
+        "folded": fast is not halves,
+    }
+    record["off"], record["off_fast"] = _off(model, halves, fast, call, mode)
+    return record | {"equal": record["off"] <= 1e-5 and record["off_fast"] <= 1e-3}
+
+
+def _fast(model: nn.Module, halves: Halves, call: Call, loss: Any) -> Halves:
+    """The faster halves where these are proved, else the exact ones, which `lehr.fit` would use then."""
+    try:
+        fast = halves.fast()
+        if fast is not halves:
+            prove(model, fast, call, loss=loss, store=None)
+    except CannotSplit:
+        return halves
+    return fast
+
+
+def _off(
+    model: nn.Module, halves: Halves, fast: Halves, call: Callable[[int], Any], mode: str
+) -> tuple[float, float]:
+    """The largest difference between halves and model, relative to the norm: outputs, in training also gradients and buffers,
+    on another batch. Once of the exact halves, and once of the fast ones.
+    """
+    torch.manual_seed(2)
+    args, kwargs = call(OTHER)
+    for path in halves.stilled:
+        for module in model.get_submodule(path).modules():
+            module.training = False
+    configs = [c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)]
+    for config in configs:
+        config.use_cache = False
+    whole = _run(model, lambda: model(*args, **kwargs), mode)
+    for config in configs:
+        config.use_cache = True
+    exact = _furthest(whole, _run(model, lambda: halves.suffix(halves.prefix(*args, **kwargs)), mode))
+    rounded = exact
+    if fast is not halves:
+        rounded = _furthest(whole, _run(model, lambda: fast.suffix(fast.prefix(*args, **kwargs)), mode))
+    model.train(mode == "train")
+    return exact, rounded
+
+
+def _furthest(whole: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> float:
+    if whole.keys() != ours.keys():
+        return float("inf")
+    size = sum(float(t.double().norm()) ** 2 for k, t in whole.items() if k.startswith("gradient")) ** 0.5
+    return max(
+        _distance(t, ours[key], SMALL * size if key.startswith("gradient") else 0.0)
+        for key, t in whole.items()
+    )
+
+
+def _run(model: nn.Module, forward: Callable[[], Any], mode: str) -> dict[str, torch.Tensor]:
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(3)
+    found: dict[str, torch.Tensor] = {}
+    with torch.set_grad_enabled(mode == "train"):
+        output = forward()
+        leaves, spec = pytree.tree_flatten(output)
+        found |= {
+            f"output {n} {spec}"[:200]: t.detach()
+            for n, t in enumerate(leaves)
+            if isinstance(t, torch.Tensor)
+        }
+        if mode == "train":
+            model.zero_grad()
+            _loss(output).backward()
+            found |= {f"gradient {n}": p.grad for n, p in named(model).items() if p.grad is not None}
+            found |= {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
+            model.zero_grad()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+    return found
+
+
+def _loss(output: Any) -> torch.Tensor:
+    """A number that depends on all of an output, in another way for each sample."""
+    total = torch.zeros(())
+    for number, leaf in enumerate(t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)):
+        if leaf.is_floating_point():
+            weights = torch.linspace(-1, 1, leaf.numel()).reshape(leaf.shape)
+            total = total + (number + 1) * (leaf * weights).mean() + leaf.square().mean()
+    return total
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor, least: float) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    if torch.equal(a, b):
+        return 0.0
+    return float((a.double() - b.double()).norm() / max(float(a.double().norm()), least, 1e-30))
+
+
+def _state(model: nn.Module) -> list[Any]:
+    tensors = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+    return [*tensors, torch.get_rng_state(), [(n, m.training) for n, m in model.named_modules()],
+            [p.grad is None for p in model.parameters()], [sorted(m.__dict__) for m in model.modules()]]  # fmt: skip
+
+
+def _same(before: list[Any], after: list[Any]) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,199 @@
+"""Where a graph is cut, and what has to be minded there: in-place operations, aliases, sizes, constants, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from halving import analysed, assert_same, halves_of, proved
+from lehr.run.cuts import Crossing, Cut, choose
+from lehr.run.prefix import Call
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Function(nn.Module):
+    """A frozen layer, a function of its output and of the model, and a head that trains."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: int = 6) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(inputs, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
+def check(function: Callable[..., Any]) -> Any:
+    """Cut at each place that is offered, proved, and compared for several sizes of batch; the analysis."""
+    model, call = Function(function), Call((torch.randn(5, 6),), {})
+    analysis = analysed(model, call, "head")
+    for cut in analysis.cuts:
+        halves = analysis.split(cut)
+        proved(model, halves, call)
+        for size in (1, 2, 5):
+            assert_same(model, halves, Call((torch.randn(size, 6),), {}))
+    return analysis
+
+
+def test_written_to_behind_the_cut() -> None:
+    """What crosses may be changed in place behind the cut; the features that were kept are not."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        seen = m.second(m.first(x))
+        return m.head(seen.mul_(m.head.weight.sum()))
+
+    model, call = Function(function), Call((torch.randn(5, 6),), {})
+    halves = halves_of(model, call, "head")
+    features = halves.prefix(*call.args)
+    before = [f.clone() for f in features]
+    halves.suffix(features)
+    assert all(torch.equal(a, b) for a, b in zip(features, before, strict=True))
+    proved(model, halves, call)
+
+
+def test_written_to_before_the_cut_after_a_use_behind_it() -> None:
+    """A value that what trains reads before a frozen layer changes it in place is not read too late."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        seen = m.first(x)
+        early = seen + m.head.bias.sum()
+        return m.head(early) + m.second(seen.relu_()).sum(1, keepdim=True)
+
+    check(function)
+
+
+def test_two_aliases_of_what_crosses() -> None:
+    """Two values of one memory, one of which is written to behind the cut, are not kept apart."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        seen = m.second(m.first(x))
+        other = seen.view(-1, 2, 4)
+        seen.mul_(m.head.weight.mean())
+        return m.head(seen) + other.sum((1, 2))[:, None]
+
+    check(function)
+
+
+def test_inputs_are_not_changed() -> None:
+    """A model that changes its input in place does so on a copy."""
+    model, x = Function(lambda m, x: m.head(m.second(m.first(x.mul_(2))))), torch.randn(5, 6)
+    before = x.clone()
+    halves = halves_of(model, Call((x,), {}), "head")
+    proved(model, halves, Call((x,), {}))
+    halves.prefix(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.head(m.second(m.first(x)).view(x.shape[0], -1)),
+        lambda m, x: m.head(m.second(m.first(x)).view(x.size(0) * 2, -1).tanh().view(len(x.shape) - 1, -1, 8)[0]),
+        lambda m, x: m.head(m.second(m.first(x)) + torch.zeros(x.shape[0], 8)),
+        lambda m, x: m.head(m.second(m.first(x))[: x.shape[0] * 2 - 1]),
+        lambda m, x: m.head(torch.cat([m.token.expand(x.shape[0], -1, -1), m.second(m.first(x))[:, None]], 1)).sum(1),
+    ],
+    ids=["view", "twice", "zeros", "slice", "token"],
+)  # fmt: skip
+def test_sizes_follow_the_batch(function: Any) -> None:
+    """Sizes read from the input are those of each batch, also of the last one that is smaller."""
+    check(function)
+
+
+def test_more_rows_than_samples() -> None:
+    """A value that has several rows for each sample, sample by sample, crosses as rows of samples."""
+    analysis = check(
+        lambda m, x: m.head(m.second(m.first(x)).reshape(-1, 4).repeat(1, 2)).view(x.shape[0], -1).mean(1)
+    )
+    assert analysis.cuts[0].crossings[0].shape == (2, 4)
+
+
+def test_batch_in_another_dimension() -> None:
+    """Where the batch is not the first dimension there is no cut, but there may be one before."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        turned = m.first(x).t().contiguous()
+        return m.head(m.second(turned.t()))
+
+    analysis = check(function)
+    assert all(crossing.shape == (8,) for cut in analysis.cuts for crossing in cut.crossings)
+
+
+def test_constants_are_kept_once() -> None:
+    """What depends on no input is computed once and is not kept for each sample, also where it is made in place."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        bias = m.token.detach()[0] @ m.second.weight
+        return m.head(m.second(m.first(x)) * m.head.weight.mean() + bias)
+
+    analysis = check(function)
+    assert [c.shape for c in analysis.cuts[0].crossings] == [(8,)]
+    halves = analysis.split(analysis.cuts[0])
+    assert any(t.shape == (1, 1, 8) for t in halves.reads)  # a change of it makes the constant another one
+
+
+def test_several_tensors_and_parts_of_a_tuple() -> None:
+    """Several tensors may cross, and of a tuple those that are used."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        left, right = m.second(m.first(x)).chunk(2, dim=1)
+        best = m.first(x).max(dim=1)
+        scaled = torch.cat([left * m.head.weight.mean(), right], 1)
+        return m.head(scaled) + best.values[:, None] + best.indices[:, None]
+
+    check(function)
+
+
+def test_numbers_that_depend_on_values() -> None:
+    """A number that is read from a tensor's values is no constant, and does not cross."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        seen = m.second(m.first(x))
+        return m.head(seen * m.head.weight.mean()) * seen.abs().amax().item()
+
+    model, call = Function(function), Call((torch.randn(5, 6),), {})
+    for cut in analysed(model, call, "head").cuts:
+        halves = analysed(model, call, "head").split
+        assert all(crossing.shape for crossing in cut.crossings)
+        assert halves is not None
+
+
+def test_choice() -> None:
+    """The fewest bytes within 5 % of the best share win, among those that fit."""
+    cuts = [
+        Cut(name, (Crossing(name, (size,), torch.float32),), share)
+        for name, size, share in [("late", 100, 1.0), ("slim", 10, 0.96), ("early", 1, 0.9)]
+    ]
+    assert choose(cuts) is cuts[1]
+    assert choose(cuts, most=39) is cuts[2]
+    assert choose(cuts, most=20, dtype=torch.float16) is cuts[1]
+    assert choose(cuts, most=3) is None
+    assert choose([]) is None
+
+
+def test_whole_numbers_are_not_narrowed() -> None:
+    """Only floating point, and only wider types, are stored as the narrower type."""
+    kinds = [torch.float32, torch.int64, torch.float16, torch.bool]
+    cut = Cut("x", tuple(Crossing(str(k), (2,), k) for k in kinds), 1.0)
+    assert cut.bytes_in(None) == 2 * (4 + 8 + 2 + 1)
+    assert cut.bytes_in(torch.bfloat16) == 2 * (2 + 8 + 2 + 1)
+
+
+def test_cuts_are_no_worse_than_each_other() -> None:
+    """Of the cuts that are offered none has both more bytes and no larger share than another; the largest share is first."""
+    model = nn.Sequential(
+        nn.Linear(6, 64), nn.Linear(64, 4), nn.Linear(4, 32), nn.Linear(32, 16), nn.Linear(16, 2)
+    )
+    cuts = analysed(model, Call((torch.randn(5, 6),), {}), "4").cuts
+    assert [cut.after for cut in cuts] == ["3", "1"]
+    assert cuts[0].share > cuts[1].share
+    assert cuts[0].bytes_in(None) > cuts[1].bytes_in(None)
