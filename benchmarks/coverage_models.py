@@ -14,9 +14,9 @@ from torch import nn
 
 TORCHVISION = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet1_0
 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d
-shufflenet_v2_x1_0 squeezenet1_1 swin_t swin_v2_t vgg11_bn vit_b_16 vit_b_32 wide_resnet50_2""".split()
-SEGMENTATION = ["deeplabv3_mobilenet_v3_large", "fcn_resnet50"]
-DETECTION = ["fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn"]
+shufflenet_v2_x1_0 squeezenet1_1 swin_t swin_v2_t vgg11_bn vit_b_16 vit_b_32 wide_resnet50_2"""
+SEGMENTATION = "deeplabv3_mobilenet_v3_large fcn_resnet50"
+DETECTION = "fasterrcnn_mobilenet_v3_large_320_fpn retinanet_resnet50_fpn"
 TIMM = """beit_base_patch16_224 cait_xxs24_224 coatnet_pico_rw_224 convnext_atto convnextv2_atto crossvit_tiny_240 davit_tiny
 deit3_small_patch16_224 deit_tiny_distilled_patch16_224 densenet121 dm_nfnet_f0 ecaresnet50t edgenext_xx_small
 efficientformer_l1 efficientnet_b0 efficientnetv2_rw_t eva02_tiny_patch14_224 fastvit_t8 focalnet_tiny_srf ghostnet_100
@@ -24,20 +24,8 @@ gmlp_s16_224 hiera_tiny_224 hrnet_w18_small levit_128s mambaout_femto maxvit_rml
 mobilenetv3_large_100 mobilenetv4_conv_small mobileone_s0 nf_resnet50 poolformer_s12 pvt_v2_b0 regnety_004 repvgg_a0
 res2net50_14w_8s resmlp_12_224 resnet18 resnet26t resnet50 rexnet_100 seresnet50 skresnet18 swin_tiny_patch4_window7_224
 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 twins_svt_small vit_base_patch32_224 vit_small_patch14_dinov2
-vit_small_patch16_224 vit_tiny_patch16_224 volo_d1_224 vovnet39a xcit_nano_12_p16_224""".split()
-TRANSFORMERS = [
-    "bart",
-    "bert",
-    "deberta_v2",
-    "distilbert",
-    "gpt2",
-    "llama",
-    "qwen3",
-    "roberta",
-    "swin",
-    "t5",
-    "vit",
-]
+vit_small_patch16_224 vit_tiny_patch16_224 volo_d1_224 vovnet39a xcit_nano_12_p16_224"""
+TRANSFORMERS = "bart bert deberta_v2 distilbert gpt2 llama qwen3 roberta swin t5 vit"
 CLASSES = 5
 _WIDTH, _DEPTH, _LENGTH, _WORDS = 48, 4, 12, 100
 
@@ -53,9 +41,9 @@ class Case:
 
 def names() -> list[str]:
     """All models, as "set/name"."""
-    listed = {"torchvision": TORCHVISION, "segmentation": SEGMENTATION, "detection": DETECTION, "timm": TIMM,
-              "transformers": TRANSFORMERS}  # fmt: skip
-    return [f"{kind}/{name}" for kind, all_of_it in listed.items() for name in all_of_it]
+    lists = {"torchvision": TORCHVISION, "segmentation": SEGMENTATION, "detection": DETECTION, "timm": TIMM,
+             "transformers": TRANSFORMERS}  # fmt: skip
+    return [f"{kind}/{name}" for kind, listed in lists.items() for name in listed.split()]
 
 
 def case(name: str) -> Case:

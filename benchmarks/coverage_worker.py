@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from coverage_models import case
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import lehr
+from coverage_models import case
 from lehr.run.facts import named
 from lehr.run.freezing import set_trainable
 from lehr.run.prefix import Call, CannotSplit, Halves, analyse, choose
