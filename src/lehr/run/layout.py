@@ -31,7 +31,7 @@ _FORMATS: dict[Name, torch.memory_format] = {
     "channels_last": torch.channels_last,
 }
 _LEAST = 100_000  # convolution weights; below, no step is long enough for a layout to matter
-_FEWEST_STEPS = 100
+_FEWEST_STEPS = 600  # of which the six that are timed are 1 %
 _CLEARLY = 0.95
 _SHORT = 0.005  # seconds of a step, below which clocks and other processes decide
 _ROUNDS = 3  # of both layouts: six steps in all
@@ -64,6 +64,20 @@ def named_layout(name: str) -> Layout:
     raise RequestError(f"layout: {name!r}; expected {' or '.join(map(repr, _FORMATS))}")
 
 
+def by_rule(model: nn.Module, on: Arithmetic) -> Layout:
+    """The layout by what the network is made of (`precision.channels_last_pays`), or that of the environment's `LEHR_LAYOUT`.
+
+    Raises:
+        RequestError: for an unknown word there.
+    """
+    asked = os.environ.get(TURNED_OFF_BY, "")
+    if asked not in ("", "rule"):
+        given = named_layout(asked).name
+        return Layout(given, f"convolution weights are laid out {_words(given)}: {TURNED_OFF_BY}={asked}")
+    name: Name = "channels_last" if channels_last_pays(model, on) else "contiguous"
+    return Layout(name, f"convolution weights are laid out {_words(name)}, by what the network is made of")
+
+
 def measured(
     model: nn.Module,
     batch: Any,
@@ -76,7 +90,7 @@ def measured(
     """The layout in which a step of `model` is faster, on this batch, here and now; six steps are timed, both in turn.
 
     Model, gradients, buffers, batch and random states are afterwards as they were. The rule of
-    `precision.channels_last_pays` holds where the two are closer than 5 %, where the stage has fewer than 100 steps, or a
+    `precision.channels_last_pays` holds where the two are closer than 5 %, where the stage has fewer than 600 steps, or a
     step takes less than 5 ms; it is the only word where nothing can be measured.
 
     Args:
@@ -90,25 +104,21 @@ def measured(
     Raises:
         RequestError: for an unknown word in the environment's `LEHR_LAYOUT`.
     """
-    rule: Name = "channels_last" if channels_last_pays(model, on) else "contiguous"
+    rule = by_rule(model, on)
     asked = os.environ.get(TURNED_OFF_BY, "")
-    if asked not in ("", "rule"):
-        given = named_layout(asked).name
-        return Layout(given, f"convolution weights are laid out {_words(given)}: {TURNED_OFF_BY}={asked}")
-    by_rule = Layout(rule, f"convolution weights are laid out {_words(rule)}, by what the network is made of")
-    if asked == "rule" or steps < _FEWEST_STEPS or not _has_images(model, batch, on):
-        return by_rule
+    if asked or steps < _FEWEST_STEPS or not _has_images(model, batch, on):
+        return rule
     try:
         times = _timed(model, placed(batch, on.device), loss, on, tuple(keep))
     except Exception:  # what is wrong is found, and said, by the first step itself
-        return by_rule
+        return rule
     plain, last = min(times["contiguous"]), min(times["channels_last"])
     if min(plain, last) < _SHORT:
-        return Layout(rule, by_rule.said, (plain, last))
+        return Layout(rule.name, rule.said, (plain, last))
     clear: Name | None = (
         "channels_last" if last < _CLEARLY * plain else "contiguous" if plain < _CLEARLY * last else None
     )
-    name = clear or rule
+    name = clear or rule.name
     said = (
         f"convolution weights are laid out {_words(name)}: a step takes {1e3 * last:.3g} ms channels-last and "
         f"{1e3 * plain:.3g} ms contiguous here ({TURNED_OFF_BY}=contiguous or channels_last decides without measuring)"
@@ -133,6 +143,15 @@ def apply_layout(model: nn.Module, layout: Layout) -> None:
             weight.data = weight.data.contiguous(memory_format=form)
         if weight.grad is not None and not weight.grad.is_contiguous(memory_format=form):
             weight.grad = weight.grad.contiguous(memory_format=form)
+
+
+def said(layout: Layout) -> tuple[str, ...]:
+    """What a person should know of a layout: nothing where it is the usual one and nothing was measured.
+
+    >>> said(named_layout("contiguous"))
+    ()
+    """
+    return (layout.said,) if layout.name != "contiguous" or layout.seconds else ()
 
 
 def _words(name: Name) -> str:

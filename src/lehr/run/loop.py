@@ -33,6 +33,7 @@ from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan
 from lehr.recipe import Recipe
 from lehr.resolving import resolve
+from lehr.run.allocator import keep_blocks
 from lehr.run.best import Best
 from lehr.run.caching import Caching
 from lehr.run.ema import Ema
@@ -40,9 +41,11 @@ from lehr.run.facts import inspect, unwrap
 from lehr.run.files import write_tensors
 from lehr.run.folder import RunFolder, opened
 from lehr.run.happenings import decision_told, epoch_ended, run_ended, run_started, stage_started
+from lehr.run.laying_out import layout_of
+from lehr.run.layout import named_layout, said
 from lehr.run.losses import LossSaid, judged_by, losses_of
 from lehr.run.optimizer import apply, optimizer
-from lehr.run.precision import arithmetic, channels_last_pays
+from lehr.run.precision import arithmetic
 from lehr.run.refusals import check, check_unused
 from lehr.run.resuming import Resume, Resumption, check_resume, resumption
 from lehr.run.sampler import Feed, died, feed, samples_in
@@ -53,7 +56,6 @@ from lehr.run.update import Update, cross_entropy
 from lehr.run.validation import Metrics, higher_is_better, validate
 from lehr.run.watch import EpochWatch, Tell, non_finite, telling
 
-_CHANNELS_LAST = "convolution weights are laid out channels-last, which is faster for this model here"
 _VALIDATED = 32
 """Samples in a batch of validation, or the stage's batch size where that is larger: a tiny one only costs time."""
 
@@ -161,9 +163,7 @@ def fit(
     check(plan, training, validation, metrics, losses)
     check_unused(recipe, training, loss)
     model.to(on.device)
-    if channels_last_pays(model, on):
-        model.to(memory_format=torch.channels_last)
-        notes = (*notes, _CHANNELS_LAST)
+    tuning = keep_blocks(on.device.type)
     optimizers = {name: optimizer(plan, model, name) for name in plan.objectives}
     monitor = plan.monitor if validation or plan.monitor.startswith("train_") else ""
     run = Training(
@@ -179,6 +179,12 @@ def fit(
         resumed = (
             resumption(folder, plan, run.terms, on, how=resume) if folder and run.terms and resume else None
         )
+        layout = (
+            named_layout(resumed.found.snapshot.state.layout)
+            if resumed
+            else layout_of(plan, model, training, losses, on)
+        )
+        run.lay_out(layout)
         seed_all(seed_of(plan.seed))  # spread over the 64 bits of which numpy takes the upper half
         torch.manual_seed(plan.seed)
         if resumed:
@@ -189,7 +195,10 @@ def fit(
             _trained(run, judge, lambda _: None, None, Stop())
         else:
             first: list[Event] = [run_started(plan, run.plan, training, validation, on)]
-            first += [Note(note) for note in (resumed.notes if resumed else (*notes, *plan.notes))]
+            told = resumed.notes if resumed else (*notes, *plan.notes)
+            first += [
+                Note(note) for note in (*told, *said(layout), *([tuning.said] if tuning.is_tuned else []))
+            ]
             _recorded(
                 run, judge, folder, observers, recipe=recipe, cadence=cadence, resumed=resumed, first=first
             )

@@ -28,6 +28,7 @@ from lehr.run.ema import Ema
 from lehr.run.facts import unwrap
 from lehr.run.freezing import set_trainable
 from lehr.run.gate import Gate
+from lehr.run.layout import Layout, Name, apply_layout
 from lehr.run.losses import Losses, modules_of
 from lehr.run.precision import Arithmetic
 from lehr.run.randomness import Randomness, RandomState
@@ -92,6 +93,7 @@ class Training:
     gauge: Gauge = field(default_factory=Gauge)
     gate: Gate | None = None
     cache: StageCache | None = None
+    layout: Name = "contiguous"
     plan: Plan = field(init=False)
     _copies: Copies = field(default_factory=Copies)
 
@@ -102,6 +104,11 @@ class Training:
 
     def __post_init__(self) -> None:
         self.plan = self.made
+
+    def lay_out(self, layout: Layout) -> None:
+        """Have convolution weights laid out so from here on."""
+        self.layout = layout.name
+        apply_layout(self.model, layout)
 
     def enter(self, index: int) -> PlannedStage:
         """Be in the stage: at its start, unless the run was resumed within it."""
@@ -122,7 +129,9 @@ class Training:
         """Let the stage go the short way, where there is one: what does not train is computed once a sample."""
         stage = self.plan.stages[self.stage]
         loss = self.losses[stage.index].get("")
-        set_trainable(self.model, self.plan.trainable(stage))  # the way is found before the stage's first step
+        set_trainable(
+            self.model, self.plan.trainable(stage)
+        )  # the way is found before the stage's first step
         self.cache = StageCache(
             self.caching, self.plan, stage, self.feed, loss, tell=tell, at=lambda: self.step
         )
@@ -257,7 +266,7 @@ class Training:
             gauge=self.gate.gauge if self.gate else self.gauge,
             history=tuple(dict(row) for row in self.history), best=self.best.so_far, frozen=dict(self.frozen or {}),
             optimizer=slots, scalers=scalers, random=plain, train=self.terms.train, valid=self.terms.valid,
-            settings=self.terms.settings, made=made_by(self.on), files={},
+            settings=self.terms.settings, layout=self.layout, made=made_by(self.on), files={},
         )  # fmt: skip
         trained = tuple(f"model/{name}" for name in self.plan.trainable(self.plan.stages[self.stage]))
         return Snapshot(state, self._copies.of(tensors | states), self.best.held, trained)
