@@ -142,7 +142,7 @@ def verify(
 def _run_said(asked: dict[str, Any]) -> dict[str, Any]:
     """What was said of how to train, taken out of `asked`; what was not said is left out."""
     checkpoint = {key: asked.pop(key) for key in ("every", "keep", "keep_best")}
-    said = {key: asked.pop(key) for key in ("device", "precision", "workers", "tensorboard")}
+    said = {key: asked.pop(key) for key in ("device", "precision", "workers", "cache_dir", "tensorboard")}
     return {
         **{key: value for key, value in said.items() if value is not None},
         "checkpoint": {key: value for key, value in checkpoint.items() if value is not None},
@@ -181,7 +181,11 @@ def _train(job: Job, folder: RunFolder, said: dict[str, Any], change: Change | N
             observers=observers,
             notes=job.notes,
             workers=_workers(job, said.get("workers")),
-            **{key: said[key] for key in ("device", "precision", "checkpoint", "resume") if key in said},
+            **{
+                key: said[key]
+                for key in ("device", "precision", "checkpoint", "resume", "cache_dir")
+                if key in said
+            },
         )
     except RequestError:  # nothing was changed: another process trains there, say
         raise

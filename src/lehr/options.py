@@ -119,5 +119,10 @@ def run_options(*, begun: bool) -> Callable[[F], F]:
             metavar="N",
             help=f"Best epochs whose weights to keep.  {said('1')}",
         ),
+        click.option(
+            "--cache-dir",
+            metavar="DIR",
+            help="Keep what frozen parts compute of the images, for later runs.  [default: for this run alone]",
+        ),
         click.option("--tensorboard", is_flag=True, help="Write for TensorBoard, too, into the run."),
     )

@@ -82,18 +82,18 @@ class StageCache:
             if shortcut is None:
                 continue
             tally = shortcut.tally
-            if tally.computed:
+            if tally.computed or tally.read:
                 self._tell(
                     CacheClosed(self._stage.index, self._at(), data, tally.computed, tally.read, tally.saved)
                 )
             shortcut.close()
 
     def _terms(self, feed: Feed, data: str, *, is_average: bool = False) -> Terms:
-        plan, stage, caching = self._plan, self._stage, self._caching
+        plan, stage, caching, tell = self._plan, self._stage, self._caching, self._tell
         views = 1 if data == _VALIDATION else stage.views
         wanted = wanted_in(plan, stage, feed, self._left, views=views)
         return Terms(
-            plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data),
+            plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data), said=lambda text: tell(Note(text)),
             folder=caching.folder, cache_dir=caching.cache_dir, is_average=is_average,
             is_fresh=data == _VALIDATION or views == "fresh",
         )  # fmt: skip
@@ -165,7 +165,9 @@ def _way_out(feed: Feed) -> str:
     return "pass the data set itself and say views = 4, or take the randomness out"
 
 
-def why_not_validated(plan: Plan, stage: PlannedStage, feed: Feed, model: nn.Module, judged: nn.Module) -> str:
+def why_not_validated(
+    plan: Plan, stage: PlannedStage, feed: Feed, model: nn.Module, judged: nn.Module
+) -> str:
     """Why a stage is validated without a cache; it is not told, since training says it."""
     if not stage.is_plain or any(turn.objective for turn in stage.turns):
         return _TURNS

@@ -66,7 +66,7 @@ class Terms:
     """What a shortcut works for: what trains, what is wanted, on which arithmetic; where a file may lie, and where features
     are kept for other runs.
 
-    `found` is told of the way that was found, `lost` why there is none. Of an average (`is_average`) the weights are written
+    `found` is told of the way that was found, `lost` why there is none, `said` what else a person should know. Of an average (`is_average`) the weights are written
     at every step, also where they stay the same. Where `is_fresh`, samples that draw random numbers are others each time.
     """
 
@@ -75,6 +75,7 @@ class Terms:
     on: Arithmetic
     found: Callable[[Way, Store], None]
     lost: Callable[[str], None]
+    said: Callable[[str], None]
     folder: Path | None = None
     cache_dir: Path | None = None
     is_average: bool = False
@@ -259,7 +260,7 @@ class Shortcut:
     def _overflown(self) -> None:
         if not self._has_overflown:
             self._has_overflown = True
-            self._terms.lost(
+            self._terms.said(
                 "some features are too large for the type they are stored in; their samples are computed each time "
                 '(cache_dtype = "bf16" or "fp32" holds them)'
             )
@@ -289,8 +290,9 @@ class Shortcut:
                     terms.cache_dir, key_of(settings_of(way), way.halves.reads), way.columns, rows
                 )
             except (RequestError, OSError) as error:
-                raise CannotSplit(str(error)) from error
-            return self._kept.store
+                terms.said(f"features are kept for this run alone: {error}")
+            else:
+                return self._kept.store
         while rows and (place := place_for(rows * size, device, folder)) != "nowhere":
             try:
                 return Store(way.columns, rows, place=place, device=device, folder=folder)
