@@ -93,7 +93,8 @@ class StageCache:
         views = 1 if data == _VALIDATION else stage.views
         wanted = wanted_in(plan, stage, feed, self._left, views=views)
         return Terms(
-            plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data), said=lambda text: tell(Note(text)),
+            plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data),
+            said=lambda text: tell(Note(text)),
             folder=caching.folder, cache_dir=caching.cache_dir, is_average=is_average,
             is_fresh=data == _VALIDATION or views == "fresh",
         )  # fmt: skip

@@ -66,8 +66,9 @@ class Terms:
     """What a shortcut works for: what trains, what is wanted, on which arithmetic; where a file may lie, and where features
     are kept for other runs.
 
-    `found` is told of the way that was found, `lost` why there is none, `said` what else a person should know. Of an average (`is_average`) the weights are written
-    at every step, also where they stay the same. Where `is_fresh`, samples that draw random numbers are others each time.
+    `found` is told of the way that was found, `lost` why there is none, `said` what else a person should know. Of an
+    average (`is_average`) the weights are written at every step, also where they stay the same. Where `is_fresh`, samples
+    that draw random numbers are others each time.
     """
 
     trained: frozenset[str]
