@@ -20,6 +20,7 @@ from lehr.data.images import UnreadableError, read_picture
 from lehr.data.listing import DIGEST_BYTES, Finding
 
 Progress = Callable[[int, int], object]
+Keep = Callable[[str, Image.Image], object]
 _CHUNK = 32  # files a task: enough to make a task's own cost vanish, few enough for a smooth progress bar
 _BLOCK = 1 << 16  # bytes read at a time for a digest; much larger ones were slower: each is allocated anew
 
@@ -45,10 +46,12 @@ def check_files(
     progress: Progress | None = None,
     *,
     known: Collection[str] = frozenset(),
+    keep: Keep | None = None,
 ) -> list[Checked]:
     """One `Checked` for each of `paths` (posix, relative to `root`), in their order.
 
     Of the paths in `known`, which were decoded at another time, the bytes alone are read, for their digest.
+    `keep(path, image)` is given what was decoded, from many threads.
     `progress(done, total)` is called from this thread now and then, and at the end.
     """
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
@@ -62,7 +65,8 @@ def check_files(
         )
         try:
             for results in pool.map(
-                lambda chunk: [_check(root, path, decoded=path in known) for path in chunk], chunks
+                lambda chunk: [_check(root, path, decoded=path in known, keep=keep) for path in chunk],
+                chunks,
             ):
                 checked += results
                 if progress is not None:
@@ -89,11 +93,13 @@ def one_note(paths: Sequence[str], why: str, *, units: tuple[str, str] = ("file"
     return [Finding(paths[0], what, fatal=False, detail="the first" if len(paths) > 1 else "")]
 
 
-def _check(root: Path, path: str, *, decoded: bool) -> Checked:
+def _check(root: Path, path: str, *, decoded: bool, keep: Keep | None) -> Checked:
     try:
         if decoded:
             return Checked(path, digest=_digest_of_file(root / path))
         picture = read_picture(root / path)
+        if keep is not None:
+            keep(path, picture.image)
         width, height = picture.image.size
         channels = 1 if picture.image.mode == "L" else 3
         # A second pass over what the system still has in memory, in place of the whole file in ours.

@@ -13,8 +13,9 @@ from pathlib import Path
 from PIL import Image
 
 from lehr.data.arrays import ArrayReader, Arrays, Pixels, load_npz
-from lehr.data.checking import Checked, Progress, check_files, notes_on, one_note
+from lehr.data.checking import Checked, Keep, Progress, check_files, notes_on, one_note
 from lehr.data.cifar import cifar_folder, load_cifar
+from lehr.data.decoded import Decoded, KeptReader, decoded_budget
 from lehr.data.digits import digits_of, load_digits_few
 from lehr.data.folders import Half, scan_folder
 from lehr.data.images import read_image
@@ -54,7 +55,9 @@ def gather(
     """
     root = Path(request.root)
     if request.kind == "folder":
-        return _in_folder(root, skip_bad, progress, known), FolderReader(request.root)
+        decoded = Decoded(decoded_budget())
+        found = _in_folder(root, skip_bad, progress, known=known, keep=decoded.keep)
+        return found, KeptReader(FolderReader(request.root), decoded)
     if request.kind == "npz":
         arrays = load_npz(root)
     elif request.kind == "cifar":
@@ -96,11 +99,13 @@ def _digested(items: Sequence[Item], pixels: Mapping[str, Pixels]) -> tuple[Item
     )
 
 
-def _in_folder(root: Path, skip_bad: bool, progress: Progress | None, known: Collection[str]) -> Found:
+def _in_folder(
+    root: Path, skip_bad: bool, progress: Progress | None, *, known: Collection[str], keep: Keep
+) -> Found:
     scan = scan_folder(root)
     halves = [half for half in (scan.train, scan.valid) if half is not None]
     paths = [file for half in halves for files in half.files.values() for file in files]
-    checked = check_files(root, paths, progress, known=known)
+    checked = check_files(root, paths, progress, known=known, keep=keep)
     good = {file.path: file for file in checked if file.problem is None}
     findings = [*scan.findings, *_problems(checked), *notes_on(checked)]
     for half in halves:
