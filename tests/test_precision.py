@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lehr.errors import RequestError
-from lehr.run.precision import Arithmetic, arithmetic
+from lehr.run import precision as precisions
+from lehr.run.precision import Arithmetic, arithmetic, slow_arithmetic
 
 
 @pytest.fixture
@@ -69,3 +70,26 @@ def test_forward_passes_run_in_the_numbers_that_were_asked_for(precision: str, d
     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert on.synchronous
     assert not Arithmetic(torch.device("cuda"), precision).synchronous
+
+
+@pytest.mark.parametrize(
+    ("features", "slow"),
+    [
+        ({"avx2", "fma"}, {"bf16", "fp16"}),
+        ({"avx512_bf16"}, {"fp16"}),
+        ({"amx_bf16", "avx512_fp16"}, set()),
+        ({"asimd", "asimdhp"}, {"bf16"}),
+        ({"bf16", "asimdhp"}, set()),
+        (set(), set()),
+    ],
+)
+def test_numbers_that_a_cpu_has_no_units_for_are_named(
+    monkeypatch: pytest.MonkeyPatch, features: set[str], slow: set[str]
+) -> None:
+    """A sentence says so, and what to write; not for float32, on a GPU, nor where the processor is not known."""
+    monkeypatch.setattr(precisions, "_cpu_features", lambda: frozenset(features))
+    for precision in ("fp32", "bf16", "fp16"):
+        said = slow_arithmetic(Arithmetic(torch.device("cpu"), precision))
+        assert bool(said) == (precision in slow)
+        assert not said or f'precision="{precision}": this CPU has no units' in said
+        assert not slow_arithmetic(Arithmetic(torch.device("cuda"), precision))

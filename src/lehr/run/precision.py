@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +16,10 @@ from lehr.errors import RequestError
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _LARGE = 1_000_000
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_UNITS = {  # of x86, and of ARM
+    "bf16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
+    "fp16": frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,44 @@ def arithmetic(device: str | torch.device = "auto", precision: str = "auto") -> 
             else "fp32"
         )
     return Arithmetic(place, precision)
+
+
+def slow_arithmetic(on: Arithmetic) -> str:
+    """A sentence where a CPU has no units for the numbers that were asked for; empty elsewhere, and where nobody can say.
+
+    Without them products are computed in float32 behind conversions, or one by one: forward passes of small convolutional
+    networks took 12 to 29 times as long (docs/speed.md).
+
+    Example:
+        >>> slow_arithmetic(Arithmetic(torch.device("cpu"), "fp32"))
+        ''
+    """
+    if on.device.type != "cpu" or on.precision == "fp32":
+        return ""
+    features = _cpu_features()
+    if not features or features & _UNITS[on.precision]:
+        return ""
+    return (
+        f'precision="{on.precision}": this CPU has no units for such numbers, and is many times slower with them than in '
+        'float32; say precision="fp32", or "auto", which takes what the hardware has'
+    )
+
+
+@cache
+def _cpu_features() -> frozenset[str]:
+    """What the processor can do, in the words of Linux (proc_cpuinfo(5)); empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    return next(
+        (
+            frozenset(line.partition(":")[2].split())
+            for line in lines
+            if line.lower().startswith(("flags", "features"))
+        ),
+        frozenset(),
+    )
 
 
 def channels_last_pays(model: nn.Module, on: Arithmetic) -> bool:

@@ -193,7 +193,7 @@ class Feed:
         numbers while samples are made.
         """
         if type(self.source) is TensorDataset:
-            return _gathered(self.source, batches)
+            return _gathered(self.source, batches, pin=self.pin)
         self._keys.keys = [[(index, view) for index in batch.tolist()] for batch in batches]
         if watch is None or not can_draw(self.dataset):
             return iter(self._by_key)
@@ -293,8 +293,10 @@ class _Keys:
         return len(self.keys)
 
 
-def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor]) -> Iterator[Any]:
-    """Batches of tensors in memory: gathered in large pieces, which costs a tenth of one at a time."""
+def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor], *, pin: bool = False) -> Iterator[Any]:
+    """Batches of tensors in memory: gathered in large pieces, which costs a tenth of one at a time; in memory from which a
+    GPU copies by itself (`pin`), where they are not there already.
+    """
     if not batches:
         return
     a_batch = max(len(batch) for batch in batches) * sum(t[:1].nbytes for t in source.tensors)
@@ -305,8 +307,14 @@ def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor]) -> Iterato
         together = torch.cat(list(some))
         yield from (
             list(parts)
-            for parts in zip(*(torch.split(t[together], sizes) for t in source.tensors), strict=True)
+            for parts in zip(
+                *(torch.split(_pinned(t[together], pin), sizes) for t in source.tensors), strict=True
+            )
         )
+
+
+def _pinned(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
+    return tensor.pin_memory() if pin and tensor.device.type == "cpu" else tensor
 
 
 def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str = "train") -> Feed:
