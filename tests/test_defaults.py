@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from lehr.defaults import commented, default_augment, default_recipe
+from lehr.defaults import HEAD_VIEWS, UNJUDGED_VIEWS, commented, default_augment, default_recipe
 from lehr.recipe import Recipe, Stage
 from lehr.recipe_file import load_recipe
 from lehr.resolving import resolve
@@ -22,7 +23,7 @@ TINY = ModelFacts("net", (ParameterFacts("body.weight", (9, 9)), HEAD), head=("f
 
 @pytest.mark.parametrize(
     ("samples", "batch", "epochs"),
-    [(50, 4, [30, 40]), (500, 32, [30, 40]), (5_000, 32, [4, 6]), (50_000, 32, [4, 6])],
+    [(50, 4, [60, 40]), (500, 32, [60, 40]), (5_000, 32, [8, 6]), (50_000, 32, [8, 6])],
 )
 def test_a_pretrained_model_trains_its_head_first(samples: int, batch: int, epochs: list[int]) -> None:
     """From tens to tens of thousands of images: the head alone, then everything, the backbone slower."""
@@ -54,6 +55,56 @@ def test_every_default_can_be_planned_and_read_back(
         commented(recipe, request="x", file="recipe.toml"), encoding="utf-8"
     )
     assert load_recipe(tmp_path / "recipe.toml") == recipe
+
+
+@pytest.mark.parametrize("samples", [50, 500, 5_000, 50_000])
+def test_the_head_is_trained_on_fixed_views(samples: int) -> None:
+    """What is frozen with the head alone is computed once for each view, and the views come again; the thawed stage sees
+    fresh ones. Without validation there are more views, and fewer steps."""
+    lengths = []
+    for validated, views in ((True, HEAD_VIEWS), (False, UNJUDGED_VIEWS)):
+        recipe = default_recipe(LARGE, samples=samples, image_side=224, validated=validated)
+        head, everything = resolve(recipe, LARGE, samples=samples).stages
+        assert head.views == views
+        assert head.epochs >= 2 * views
+        assert everything.views == "fresh"
+        lengths.append(head.steps)
+    assert lengths[0] >= lengths[1]
+
+
+@pytest.mark.parametrize(("facts", "pretrained"), [(TINY, True), (HEADLESS, True), (LARGE, False)])
+def test_where_nothing_large_is_frozen_views_are_fresh(facts: ModelFacts, pretrained: bool) -> None:
+    """A small network is computed in no time, and where all trains nothing could be kept."""
+    recipe = default_recipe(facts, samples=500, image_side=224, pretrained=pretrained)
+    assert {stage.views for stage in resolve(recipe, facts, samples=500).stages} == {"fresh"}
+
+
+def test_a_validated_run_never_ends_below_its_head() -> None:
+    """Each stage, and so the run, ends with the best weights of all its epochs, the head's own among them."""
+    plan = resolve(default_recipe(LARGE, samples=500, image_side=224), LARGE, samples=500)
+    assert all(stage.restore_best for stage in plan.stages)
+
+
+def test_every_key_has_a_line_of_its_own_in_the_file() -> None:
+    """Whatever a recipe says, the file can say what it means."""
+    changed = replace(
+        default_recipe(LARGE, samples=500, image_side=224), accumulate=2, layer_decay=0.9, min_lr=1e-9, lr_rule="linear",
+        ema=0.9, patience="2 epochs", views=2, cache="off", cache_budget="1 GiB", cache_dtype="bf16", cache_exact=True,
+    )  # fmt: skip
+    lines = commented(changed, request="x", file="r").splitlines()
+    for key in _EXPLAINED:
+        place = next(n for n, line in enumerate(lines) if line.startswith(f"{key} = "))
+        assert lines[place - 1].startswith("# ")
+
+
+_EXPLAINED = {f.name for f in fields(Recipe)} - {
+    "stages",
+    "optimizer",
+    "schedule",
+    "no_decay",
+    "seed",
+    "monitor",
+}
 
 
 def test_norms_stay_as_they_were_pretrained() -> None:
