@@ -24,10 +24,10 @@ SMALL_NETWORK = 200_000
 
 
 HEAD_VIEWS = 1
-"""Of each image while the head trains alone: the frozen backbone is computed so many times in all. With the best epoch kept,
-1,000 steps on one view end where 500 steps on fresh ones do: +0.000 ± 0.006 of the held-out images with 3,453 to train on,
--0.002 ± 0.004 with 600, +0.007 ± 0.007 with 100 (benchmarks/views.py: flowers, MobileNetV2, 3 splits). Four views (+0.005 ± 0.005, +0.002 ± 0.004, -0.006 ±
-0.008) cost four times as much for no difference that could be told.
+"""Of each image while the head trains alone: the frozen backbone is computed so many times in all. With the best epoch
+kept, 1,000 steps on one view end where 500 steps on fresh ones do: +0.000 ± 0.006 of the held-out images with 3,453 to
+train on, -0.002 ± 0.004 with 600, +0.007 ± 0.007 with 100 (benchmarks/views.py: flowers, MobileNetV2, 3 splits). Four
+views (+0.005 ± 0.005, +0.002 ± 0.004, -0.006 ± 0.008) cost four times as much for no difference that could be told.
 """
 
 UNJUDGED_VIEWS = 4
