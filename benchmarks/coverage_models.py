@@ -27,16 +27,24 @@ swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 twins_svt_small vit_
 vit_small_patch16_224 vit_tiny_patch16_224 volo_d1_224 vovnet39a xcit_nano_12_p16_224"""
 TRANSFORMERS = "bart bert deberta_v2 distilbert gpt2 llama qwen3 roberta swin t5 vit"
 CLASSES = 5
+_SMALL = 128
+_FIXED: tuple[str, ...] = ()  # of timm's, those that say they take any size and do not
 _WIDTH, _DEPTH, _LENGTH, _WORDS = 48, 4, 12, 100
+
+
+Call = Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and what it is called with: `call(n)` makes n samples."""
+    """A model, and what it is called with: `call(n)` makes n samples. `usual` does so in the size that the model is made for,
+    where it is compared on smaller pictures to save time.
+    """
 
     model: nn.Module
-    call: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+    call: Call
     head: str | None = None
+    usual: Call | None = None
 
 
 def names() -> list[str]:
@@ -64,7 +72,7 @@ def case(name: str) -> Case:
     return made
 
 
-def _pictures(size: int) -> Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]:
+def _pictures(size: int) -> Call:
     return lambda n: ((torch.randn(n, 3, size, size),), {})
 
 
@@ -73,14 +81,17 @@ def _torchvision(name: str) -> Case:
 
     with_weights = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **with_weights)
-    return Case(model, _pictures(299 if name == "inception_v3" else 224))
+    if name.startswith(("vit", "maxvit")):
+        return Case(model, _pictures(224))
+    small, usual = (160, 299) if name == "inception_v3" else (_SMALL, 224)
+    return Case(model, _pictures(small), usual=_pictures(usual))
 
 
 def _segmentation(name: str) -> Case:
     import torchvision
 
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=CLASSES)
-    return Case(model, _pictures(224), head="classifier")
+    return Case(model, _pictures(_SMALL), head="classifier", usual=_pictures(224))
 
 
 def _detection(name: str) -> Case:
@@ -98,10 +109,11 @@ def _detection(name: str) -> Case:
 def _timm(name: str) -> Case:
     import timm
 
-    model = timm.create_model(name, pretrained=False, num_classes=CLASSES)
-    return Case(
-        model, _pictures(model.default_cfg["input_size"][-1] if "dinov2" not in name else 224 // 14 * 14)
-    )
+    sized = {"img_size": 224} if "dinov2" in name else {}  # made for 518 pixels, which would take long
+    model = timm.create_model(name, pretrained=False, num_classes=CLASSES, **sized)
+    usual = 224 if "dinov2" in name else model.default_cfg["input_size"][-1]
+    fixed = model.default_cfg.get("fixed_input_size") or name in _FIXED
+    return Case(model, _pictures(usual if fixed else _SMALL), usual=None if fixed else _pictures(usual))
 
 
 def _transformers(name: str) -> Case:

@@ -26,10 +26,16 @@ def page(models: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
         *(_row(name, record) for name, record in models.items()),
         "",
+        f"A sample's features alone beside those in a batch, the largest difference relative to the norm: {_worst(models):.1e}.",
+        "",
         "`off`: the largest difference to the whole model over all six ways, relative to the norm: of the exact prefix, and "
         "of the one with folded batch-norm and channels last. `seconds`: of one way, looking, cutting and proving, the median.",
     ]
     return "\n".join(lines)
+
+
+def _worst(models: Mapping[str, Any]) -> float:
+    return max((w["alone"] for r in models.values() for w in r.get("ways", ()) if w["split"]), default=0.0)
 
 
 def _all(record: Mapping[str, Any], key: str) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from halving import analysed, assert_same, halves_of, proved
 from lehr.run.cuts import Crossing, Cut, choose
-from lehr.run.prefix import Call
+from lehr.run.prefix import Call, CannotSplit
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +165,25 @@ def test_numbers_that_depend_on_values() -> None:
         halves = analysed(model, call, "head").split
         assert all(crossing.shape for crossing in cut.crossings)
         assert halves is not None
+
+
+def test_state_that_a_forward_pass_changes() -> None:
+    """A buffer that a forward pass changes comes behind the cut; a plain tensor that it changes is refused in words, and both are
+    as before."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        m.count.add_(1)
+        return m.head(m.second(m.first(x) + m.count))
+
+    model = Function(function)
+    model.register_buffer("count", torch.zeros(8))
+    assert {cut.after for cut in analysed(model, Call((torch.randn(5, 6),), {}), "head").cuts} == {"first"}
+    assert torch.equal(model.count, torch.zeros(8))
+    model = Function(function)
+    model.count = torch.zeros(8)
+    with pytest.raises(CannotSplit, match="changes a tensor of its own that is no buffer"):
+        analysed(model, Call((torch.randn(5, 6),), {}), "head")
+    assert torch.equal(model.count, torch.zeros(8))
 
 
 def test_choice() -> None:

@@ -243,3 +243,13 @@ def test_statistics_that_training_moves_are_no_constant_in_evaluation() -> None:
     model.eval()
     analysis = analyse(model, batch(), trained=names)
     assert {cut.after for cut in analysis.cuts} == {"body"}
+
+
+def test_hooks_on_what_is_frozen() -> None:
+    """A forward hook on a frozen layer, which would be called no more, is refused by name; one on the head is not."""
+    model = Two()
+    model.head.register_forward_hook(lambda *_: None)
+    check(model, batch(), "head")
+    model.body[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(CannotSplit, match=r"a forward hook on body\.0"):
+        analysed(model, batch(), "head")

@@ -17,6 +17,10 @@ class CannotSplit(Exception):  # noqa: N818  # a finding, which most runs live w
     """A model cannot be cut before what trains; as text it is the one line for the person: why, and what would help."""
 
 
+class CannotTrace(CannotSplit):
+    """One way of tracing failed; another may do, and what it says is better to know."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a model on a real batch. Tensors have the batch in their first dimension."""

@@ -15,16 +15,17 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lehr.run.cuts import Call, CannotSplit, Crossing, Cut, choose
+from lehr.run.cuts import Call, CannotSplit, CannotTrace, Crossing, Cut, choose
 from lehr.run.cutting import Place, places
 from lehr.run.facts import named, unwrap
 from lehr.run.folding import folded
+from lehr.run.forms import Form, checked_form
 from lehr.run.halving import Parts, Prefix, Suffix, halve
 from lehr.run.pinning import pin_of
 from lehr.run.pureness import Source, below, purity
 from lehr.run.seen import filled
 from lehr.run.structure import clean
-from lehr.run.tracing import Form, Route, Traced, checked_form, trace
+from lehr.run.tracing import Route, Traced, trace
 from lehr.run.untouched import in_eval
 from lehr.run.walking import Memory, walk
 
@@ -135,6 +136,7 @@ def analyse(model: nn.Module, call: Call, *, trained: frozenset[str]) -> Analysi
     own = unwrap(model)
     form, tensors = checked_form(call)
     parameters = {n: p for n, p in named(own).items() if n in trained}
+    _refuse_hooks(own, {id(p) for p in parameters.values()})
     best: Analysis | None = None
     reasons: list[CannotSplit] = []
     for route in ("fx", "export"):
@@ -148,8 +150,17 @@ def analyse(model: nn.Module, call: Call, *, trained: frozenset[str]) -> Analysi
         if best.cuts[0].share >= _ENOUGH:
             break
     if best is None:
-        raise reasons[-1]
+        raise next((r for r in reversed(reasons) if not isinstance(r, CannotTrace)), reasons[0])
     return best
+
+
+def _refuse_hooks(model: nn.Module, trained: set[int]) -> None:
+    for path, module in model.named_modules():
+        if module._forward_hooks and not any(id(p) in trained for p in module.parameters()):
+            raise CannotSplit(
+                f"a forward hook on {path or 'the model'} looks at what is frozen, and would not be called for features that "
+                "are read; remove it where it is not needed"
+            )
 
 
 def _analysed(

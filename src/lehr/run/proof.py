@@ -17,11 +17,19 @@ from torch.utils import _pytree as pytree
 
 from lehr.run.cuts import Call, CannotSplit
 from lehr.run.facts import named, unwrap
+from lehr.run.forms import Form
 from lehr.run.nearness import near, tolerance
 from lehr.run.prefix import Halves
 from lehr.run.randomness import Randomness, RandomState
-from lehr.run.tracing import Form
-from lehr.run.untouched import Mark, in_eval, same_random, state_kept, tensors_kept, without_caches
+from lehr.run.untouched import (
+    Mark,
+    in_eval,
+    kept_state,
+    same_random,
+    state_kept,
+    tensors_kept,
+    without_caches,
+)
 
 Judged = Callable[[Any], torch.Tensor]
 _TINY = 1e-6
@@ -96,7 +104,7 @@ class _Checks:
         """What the prefix gives, which is to change nothing by the way."""
         args, kwargs = self.form.call(tensors)
         marks = [Mark(p, copied=False) for p in self.model.parameters()]
-        marks += [Mark(b, copied=True) for b in self.model.buffers()]
+        marks += [Mark(t, copied=True) for t in kept_state(self.model)]
         before = self.randomness.take()
         features = self.halves.prefix(*args, **kwargs)
         if any(mark.is_changed() for mark in marks):
@@ -180,7 +188,7 @@ class _Checks:
                 )
         if not same_random(whole.random, ours.random):
             raise CannotSplit(
-                f"fewer random numbers are drawn when the model is cut behind {self.after}: its forward draws some of its own"
+                f"other random numbers are drawn when the model is cut behind {self.after}: its forward draws some of its own"
             )
 
     def _other_gradients(self, whole: _Step, ours: _Step, shaken: _Step | None = None) -> str:

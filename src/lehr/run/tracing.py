@@ -19,41 +19,26 @@ import torchvision
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lehr.run.cuts import Call, CannotSplit
+from lehr.run.cuts import CannotSplit, CannotTrace
+from lehr.run.forms import PLAIN, Form
 from lehr.run.randomness import Randomness
 from lehr.run.structure import clean
-from lehr.run.untouched import attributes_kept, quiet, same_random, without_caches, without_compiling
+from lehr.run.untouched import (
+    Mark,
+    attributes_kept,
+    kept_state,
+    quiet,
+    same_random,
+    state_kept,
+    without_caches,
+    without_compiling,
+)
 
 Route = Literal["fx", "export"]
 _OWN = "model"
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
 _TORCHVISION = ("DeformConv2d", "FrozenBatchNorm2d", "MultiScaleRoIAlign", "PSRoIAlign", "PSRoIPool",
                 "RoIAlign", "RoIPool", "StochasticDepth", "DropBlock2d", "DropBlock3d")  # fmt: skip
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.TransformerEncoder, nn.TransformerDecoder)
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a model is called: the tree of its arguments, and the leaves that are no tensors (a tensor's place holds None)."""
-
-    spec: pytree.TreeSpec
-    is_tensor: tuple[bool, ...]
-    plain: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, args: Sequence[Any], kwargs: Any) -> tuple[Form, list[torch.Tensor]]:
-        """The form of a call, and its tensors."""
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        is_tensor = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
-        plain = tuple(None if t else leaf for leaf, t in zip(leaves, is_tensor, strict=True))
-        return cls(spec, is_tensor, plain), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-    def call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with these tensors."""
-        rest = iter(tensors)
-        leaves = [next(rest) if t else leaf for leaf, t in zip(self.plain, self.is_tensor, strict=True)]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return args, kwargs
 
 
 @dataclass(frozen=True)
@@ -95,30 +80,6 @@ def own_path(name: str) -> str:
     return "" if name == _OWN else name.removeprefix(f"{_OWN}.")
 
 
-def checked_form(call: Call) -> tuple[Form, list[torch.Tensor]]:
-    """The form of a call and its tensors, which all have the same number of samples.
-
-    Raises:
-        CannotSplit: for anything else.
-    """
-    form, tensors = Form.of(call.args, call.kwargs)
-    for leaf, is_tensor in zip(form.plain, form.is_tensor, strict=True):
-        if not is_tensor and not isinstance(leaf, _PLAIN):
-            raise CannotSplit(
-                f"the model is called with a {type(leaf).__name__}; only tensors, and lists, tuples and dicts of them, "
-                "can be followed through it"
-            )
-    if not tensors or any(not t.ndim for t in tensors):
-        raise CannotSplit("the model is called without a tensor that has a row for each sample")
-    if len({len(t) for t in tensors}) > 1 or _is_listed(call):
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
-        raise CannotSplit(
-            f"the model's inputs do not have a row for each sample (their shapes are {shapes}); a list of pictures cannot "
-            "be cut into samples, one tensor [batch, ...] can"
-        )
-    return form, tensors
-
-
 def trace(model: nn.Module, form: Form, tensors: Sequence[torch.Tensor], route: Route) -> Traced:
     """The graph of `model` in the mode it is in, for calls of this form.
 
@@ -127,26 +88,32 @@ def trace(model: nn.Module, form: Form, tensors: Sequence[torch.Tensor], route: 
     """
     root = _Flat(model, form)
     randomness = Randomness(tensors[0].device)
-    before = randomness.take()
-    with quiet(), attributes_kept(model) as changed, without_compiling(model), torch.no_grad():
+    before, marks = randomness.take(), [Mark(t, copied=True) for t in kept_state(model)]
+    with (
+        quiet(), state_kept(model, tensors[0].device), attributes_kept(model) as held, without_compiling(model),
+        torch.no_grad(),
+    ):  # fmt: skip
         try:
             traced = (_by_fx if route == "fx" else _by_export)(root, tensors)
-            draws = not same_random(before, randomness.take())
         except Exception as error:
-            raise CannotSplit(
+            raise CannotTrace(
                 f"the model cannot be traced ({_reason(error)}); a branch on the values of a tensor, for example, has no "
                 "fixed graph"
             ) from error
-        finally:
-            randomness.put(before)
+        draws = not same_random(before, randomness.take())
+        moves = any(mark.is_changed() for mark in marks)
     if draws:
         raise CannotSplit(
             "the model's forward draws random numbers of its own (in Python, or to decide what to do), so it is another one "
             "each time; put the layers that do it in eval mode"
         )
-    if kept := next((name for name, held in changed if any(map(_is_of_inputs, held))), None):
+    if moves:
         raise CannotSplit(
-            f"the model keeps tensors of a forward pass in its attribute {kept}; return them instead, for a prefix "
+            "the model's forward changes a tensor of its own that is no buffer; make it a buffer"
+        )
+    if name := next((name for name, values in held if any(map(_is_of_inputs, values))), None):
+        raise CannotSplit(
+            f"the model keeps tensors of a forward pass in its attribute {name}; return them instead, for a prefix "
             "that is not run keeps none"
         )
     return traced
@@ -174,7 +141,7 @@ class _Flat(nn.Module):
         args, kwargs = self.form.call(tensors)
         leaves, spec = pytree.tree_flatten(self.model(*args, **kwargs))
         for leaf in leaves:
-            if not isinstance(leaf, (*_PLAIN, torch.Tensor, fx.Proxy, torch.SymInt)):
+            if not isinstance(leaf, (*PLAIN, torch.Tensor, fx.Proxy, torch.SymInt)):
                 raise TypeError(f"it returns a {type(leaf).__name__}")
         computed = [_is_computed(leaf) for leaf in leaves]
         plain = [None if c else leaf for leaf, c in zip(leaves, computed, strict=True)]
@@ -288,12 +255,6 @@ def _is_of_inputs(held: Any) -> bool:
 def _without_autocast(tensors: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[object]:
     """A graph is written down in the types of its inputs; autocast works where it is run."""
     return torch.autocast(tensors[0].device.type, enabled=False)
-
-
-def _is_listed(call: Call) -> bool:
-    """Whether an argument is a list of tensors: there a sample is an element and not a row."""
-    given = (*call.args, *call.kwargs.values())
-    return any(isinstance(a, (list, tuple)) and any(isinstance(t, torch.Tensor) for t in a) for a in given)
 
 
 def _reason(error: BaseException) -> str:

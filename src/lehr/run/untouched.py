@@ -59,10 +59,10 @@ def attributes_kept(model: nn.Module) -> Iterator[list[tuple[str, list[Any]]]]:
 
 @contextmanager
 def state_kept(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Buffers and random states are afterwards as before, also where something fails."""
+    """Buffers, tensors in attributes and random states are afterwards as before, also where something fails."""
     randomness = Randomness(device)
     before = randomness.take()
-    marks = [Mark(buffer, copied=True) for buffer in model.buffers()]
+    marks = [Mark(tensor, copied=True) for tensor in kept_state(model)]
     try:
         yield
     finally:
@@ -74,6 +74,15 @@ def state_kept(model: nn.Module, device: torch.device) -> Iterator[None]:
 def same_random(one: RandomState, other: RandomState) -> bool:
     """Whether no random number was drawn in between."""
     return one.plain == other.plain and all(torch.equal(t, other.tensors[n]) for n, t in one.tensors.items())
+
+
+def kept_state(model: nn.Module) -> list[torch.Tensor]:
+    """What a model keeps from one forward pass to the next besides its parameters: buffers, and tensors in attributes."""
+    attributes = [v for m in model.modules() for n, v in m.__dict__.items() if n not in _LISTS]
+    return [
+        *model.buffers(),
+        *(t for v in attributes for t in _held_tensors(v) if isinstance(t, torch.Tensor)),
+    ]
 
 
 class Mark:

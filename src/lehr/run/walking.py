@@ -21,7 +21,7 @@ from lehr.run.cuts import CannotSplit
 from lehr.run.nearness import near, tolerance
 from lehr.run.seen import Affine, Seen, Sizes, Tensor, Unclear, rebuilt_sequence
 from lehr.run.tracing import Traced
-from lehr.run.untouched import Mark, attributes_kept, quiet, state_kept
+from lehr.run.untouched import Mark, attributes_kept, kept_state, quiet, state_kept
 
 SMALL, LARGE = 2, 3
 """Samples in the two batches: (0, 1) and (2, 1, 0)."""
@@ -39,9 +39,13 @@ class Memory:
     def of(cls, model: nn.Module) -> Memory:
         """The groups of a model's parameters and buffers."""
         memory = cls()
-        for tensor in (*model.parameters(), *model.buffers()):
-            memory.state.setdefault(_place(tensor), -1 - len(memory.state))
+        memory.keep((*model.parameters(), *model.buffers()))
         return memory
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors as the model's own state: what stays from one forward pass to the next."""
+        for tensor in tensors:
+            self.state.setdefault(_place(tensor), -1 - len(self.state))
 
     def of_state(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
         """The groups of parameters or buffers."""
@@ -68,7 +72,7 @@ def walk(
     small, large = _batches(tensors)
     with quiet(), state_kept(model, tensors[0].device), attributes_kept(model), torch.no_grad():
         torch.clear_autocast_cache()
-        walker = _Walker(traced, memory, tolerance(tensors[0].device), model.buffers())
+        walker = _Walker(traced, memory, tolerance(tensors[0].device), kept_state(model))
         try:
             return walker.run(list(zip(small, large, strict=True)))
         finally:
@@ -114,6 +118,7 @@ class _Walker:
             pair = next(inputs)
         elif node.op == "get_attr":
             pair = (self.traced.target(node),) * 2
+            self.memory.keep(tensors_in(pair[0]))
         else:
             with FlopCounterMode(display=False) as counter:
                 one = self._run(node, 0)

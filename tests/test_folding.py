@@ -1,0 +1,104 @@
+"""The faster prefix: the same up to rounding, with copies of the weights, and nothing of the model's own changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from halving import assert_as_before, assert_same, halves_of, proved, state
+from lehr.run.prefix import Call
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Network(nn.Module):
+    """Convolutions with and without bias, and batch-norm behind them, with a shortcut."""
+
+    def __init__(self, kind: Any = nn.BatchNorm2d, wide: int = 128) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, wide, 3, padding=1), kind(wide), nn.ReLU(inplace=True))
+        self.block = nn.Sequential(
+            nn.Conv2d(wide, wide, 3, padding=1, padding_mode="reflect", bias=False), kind(wide)
+        )
+        self.head = nn.Linear(wide, 3)
+        for norm in (self.stem[1], self.block[1]):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.normal_(norm.weight, 1, 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.stem(x)
+        return self.head((seen + self.block(seen)).mean((2, 3)))
+
+
+CALL = Call((torch.randn(4, 3, 8, 8),), {})
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
+@pytest.mark.parametrize("training", [True, False])
+def test_folded(kind: Any, training: bool) -> None:
+    """Batch-norms are folded into the convolutions before them; features differ by rounding alone, the suffix is the same, and
+    model and exact halves are as before."""
+    model = Network(kind)
+    halves = halves_of(model, CALL, "head", training=training)
+    before, exact = state(model), halves.prefix(*CALL.args)
+    fast = halves.fast()
+    assert fast is not halves
+    kinds = [type(m) for m in fast._first.module.modules()]
+    assert nn.BatchNorm2d not in kinds
+    assert timm.layers.BatchNormAct2d not in kinds
+    rounded = fast.prefix(*CALL.args)
+    assert not torch.equal(rounded[0], exact[0])
+    torch.testing.assert_close(rounded, exact, rtol=1e-4, atol=1e-5)
+    with torch.set_grad_enabled(training):
+        proved(model, fast, CALL)
+    assert_as_before(before, state(model))
+    assert_same(model, fast, CALL, exact=False)
+    assert torch.equal(halves.prefix(*CALL.args)[0], exact[0])
+    assert fast.reads is halves.reads
+    assert fast.cut is halves.cut
+
+
+def test_layout_of_what_crosses() -> None:
+    """Pictures that cross lie in memory as the model's own would: contiguous, or channels last where its weights are so."""
+
+    class Spatial(Network):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.stem(x) * self.head.weight.mean()).mean((1, 2, 3))
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = Spatial().to(memory_format=layout)
+        (feature,) = halves_of(model, CALL, "head").fast().prefix(*CALL.args)
+        assert feature.is_contiguous(memory_format=layout)
+
+
+def test_a_norm_that_is_read_elsewhere() -> None:
+    """A convolution whose output something else reads as well keeps its weights."""
+
+    class Both(Network):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            before = self.stem[0](x)
+            return self.head((self.stem[1](before) + before).mean((2, 3)))
+
+    model = Both()
+    fast = halves_of(model, CALL, "head").fast()
+    assert nn.BatchNorm2d in [type(m) for m in fast._first.module.modules()]
+    proved(model, fast, CALL)
+
+
+def test_hooks_and_small_networks_are_left_alone() -> None:
+    """Where there is nothing to gain, or a hook looks at a convolution, the halves themselves are given."""
+    small = halves_of(Network(wide=8), CALL, "head")
+    assert small.fast() is small
+    model, seen = Network(), []
+    for layer in (model.stem[0], model.block[0]):
+        layer.register_forward_pre_hook(lambda *_: seen.append(1))
+    hooked = halves_of(model, CALL, "head")
+    assert hooked.fast() is hooked

@@ -1,0 +1,203 @@
+"""The self-check: halves that are not the model are refused, in words, and everything is as before."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from halving import assert_as_before, halves_of, number, proved, state
+from lehr.run.prefix import Call, CannotSplit, Halves
+from lehr.run.proof import prove
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Network(nn.Module):
+    """A frozen body; a norm, a dropout and a linear layer that train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+def made(*, training: bool = True) -> tuple[Network, Halves, Call]:
+    model, call = Network(), Call((torch.randn(5, 6),), {})
+    return model, halves_of(model, call, "head", training=training), call
+
+
+def with_suffix(halves: Halves, function: Callable[..., Any]) -> Halves:
+    """Halves whose suffix does something else."""
+    return replace(halves, _second=replace(halves._second, module=SimpleNamespace(forward=function)))
+
+
+def with_prefix(halves: Halves, function: Callable[..., Any]) -> Halves:
+    """Halves whose prefix does something else."""
+    return replace(halves, _first=replace(halves._first, module=SimpleNamespace(forward=function), sizes=()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_right_halves_pass(training: bool) -> None:
+    """The model's own halves pass, in training and in evaluation, and a pass changes nothing: weights, gradients, buffers,
+    modes, and the random states of torch, Python and numpy."""
+    model, halves, call = made(training=training)
+    for parameter in model.head.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before, rolled = state(model), (random.getstate(), np.random.get_state()[1].tolist())
+    with torch.set_grad_enabled(training):
+        proved(model, halves, call, store=torch.float16)
+    assert_as_before(before, state(model))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == rolled
+
+
+Module = Callable[..., Any]
+
+
+def _another_loss(_: Network, suffix: Module) -> Module:
+    return lambda size, f: [suffix(size, f + 0.5 * f.flip(1))[0]]
+
+
+def _another_gradient(model: Network, suffix: Module) -> Module:
+    return lambda size, f: [suffix(size, f)[0].detach() + 0 * model.head[3].weight.sum()]
+
+
+def _another_buffer(model: Network, _: Module) -> Module:
+    return lambda _, f: [model.head[3](model.head[2](_norm(model, model.head[0](f))))]
+
+
+def _more_random_numbers(_: Network, suffix: Module) -> Module:
+    return lambda size, f: [(suffix(size, f)[0], torch.rand(1))[0]]
+
+
+def _fails(_: Network, __: Module) -> Module:
+    return lambda _, f: f[0, 0, 0]
+
+
+WRONG_SUFFIXES = {
+    "the loss is another": _another_loss,
+    "gets another gradient": _another_gradient,
+    "the buffer head.1": _another_buffer,
+    "other random numbers": _more_random_numbers,
+    "does not run": _fails,
+}
+
+
+def _norm(model: Network, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.batch_norm(x, None, None, model.head[1].weight, model.head[1].bias, training=True)
+
+
+@pytest.mark.parametrize("words", WRONG_SUFFIXES)
+def test_wrong_suffixes_are_refused(words: str) -> None:
+    """A suffix with another loss, other gradients, buffers or random numbers, and one that does not run, are each refused in
+    their own words, and everything is as before."""
+    model, halves, call = made()
+    wrong = with_suffix(halves, WRONG_SUFFIXES[words](model, halves._second.module.forward))
+    before = state(model)
+    with pytest.raises(CannotSplit, match=words):
+        proved(model, wrong, call)
+    assert_as_before(before, state(model))
+
+
+def _moves(model: Network) -> Callable[..., Any]:
+    def function(x: torch.Tensor) -> Any:
+        model.head[1].running_mean.add_(1)
+        return [model.body(x)], ()
+
+    return function
+
+
+WRONG_PREFIXES = {
+    "when its batch is in another order": lambda m: (
+        lambda x: ([m.body(x) + torch.arange(len(x))[:, None]], ())
+    ),
+    "when its batch is alone": lambda m: lambda x: ([m.body(x) * len(x)], ()),
+    "draws random numbers": lambda m: lambda x: ([m.body(x) + 0 * torch.rand(1)], ()),
+    "changes the model's own state": _moves,
+    "not a row for each sample": lambda m: lambda x: ([m.body(x)[:-1]], ()),
+}
+
+
+@pytest.mark.parametrize("words", WRONG_PREFIXES)
+def test_wrong_prefixes_are_refused(words: str) -> None:
+    """A prefix that depends on the order of the batch or on its size, draws random numbers, changes buffers, or loses samples
+    is refused in its own words, and everything is as before."""
+    model, halves, call = made()
+    before = state(model)
+    with pytest.raises(CannotSplit, match=words):
+        proved(model, with_prefix(halves, WRONG_PREFIXES[words](model)), call)
+    assert_as_before(before, state(model))
+
+
+def test_wrong_outputs_are_refused() -> None:
+    """In evaluation, other outputs are refused, and the same ones in another form."""
+    model, halves, call = made(training=False)
+    own = halves._second.module.forward
+    with torch.no_grad():
+        for wrong in (lambda n, f: [own(n, f)[0] + 0.1], lambda n, f: [own(n, f)[0].double()]):
+            with pytest.raises(CannotSplit, match="returns something else than the whole model"):
+                proved(model, with_suffix(halves, wrong), call)
+
+
+def test_features_too_large_for_the_type() -> None:
+    """Features that overflow in the type in which they would be stored are refused, and the message says which type holds them;
+    a wider type is no matter."""
+    model, halves, call = made(training=False)
+    large = with_prefix(halves, lambda x: ([1e6 * model.body(x)], ()))
+    with torch.no_grad():
+        with pytest.raises(CannotSplit, match='too large for float16; cache_dtype = "fp32" holds them'):
+            proved(model, large, call, store=torch.float16)
+        with pytest.raises(CannotSplit, match="returns something else"):
+            proved(model, large, call, store=torch.bfloat16)
+
+
+def test_rounding_is_no_other_gradient() -> None:
+    """A prefix that differs in the last bits passes; one that differs in the third digit does not."""
+    model, halves, call = made()
+
+    def off(by: float) -> Halves:
+        return with_prefix(
+            halves, lambda x: ([model.body(x) * (1 + by * torch.sin(17 * x.sum(1, keepdim=True)))], ())
+        )
+
+    proved(model, off(1e-7), call)
+    with pytest.raises(CannotSplit, match="another"):
+        proved(model, off(2e-2), call)
+
+
+def test_a_loss_that_fails() -> None:
+    """An error in the loss function is no crash, and everything is as before."""
+    model, halves, call = made()
+    before = state(model)
+
+    def loss(f: Any) -> torch.Tensor:
+        number(f(*call.args))
+        raise KeyError("no")
+
+    with pytest.raises(CannotSplit, match="KeyError"):
+        prove(model, halves, call, loss=loss, store=None)
+    assert_as_before(before, state(model))
+
+
+def test_autocast() -> None:
+    """Under autocast halves are cut and proved in its arithmetic, and trained weights get their gradients afterwards."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model, halves, call = made()
+        proved(model, halves, call)
+        features = halves.prefix(*call.args)
+        assert features[0].dtype is torch.bfloat16
+        halves.suffix(features).float().sum().backward()
+    assert all(p.grad is not None for p in model.head.parameters())
