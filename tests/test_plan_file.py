@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -277,6 +278,36 @@ def test_a_plan_with_a_right_hash_and_missing_parts(tmp_path: Path) -> None:
         json.dumps({"format": 3, "hash": content_hash({"model": "x"}), "model": "x"}), encoding="utf-8"
     )
     with pytest.raises(RecipeError, match=r"plan\.json: not a plan: .*make it again"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda plain: plain["stages"][0].update(views=0), "stages.0.views"),
+        (lambda plain: plain["stages"][0].update(views=2**31), "stages.0.views"),
+        (lambda plain: plain["stages"][0].update(views=True), "stages.0.views"),
+        (lambda plain: plain["stages"][0].update(views="all"), "stages.0.views"),
+        (lambda plain: plain["stages"][1].update(cache="on"), "stages.1.cache"),
+        (lambda plain: plain["caching"].update(budget=0), "caching.budget"),
+        (lambda plain: plain["caching"].update(budget=2**62 + 1), "caching.budget"),
+        (lambda plain: plain["caching"].update(dtype="fp8"), "caching.dtype"),
+        (lambda plain: plain["caching"].update(exact=1), "caching.exact"),
+        (lambda plain: plain["caching"].pop("exact"), "caching.exact"),
+        (lambda plain: plain.pop("caching"), "caching"),
+    ],
+)
+def test_a_file_with_views_or_caches_that_cannot_be_is_refused(
+    change: Callable[[dict[str, Any]], None], place: str, tmp_path: Path
+) -> None:
+    """A plan's file whose hash is right, and whose views or caches no recipe could have, is refused with the place."""
+    plain = json.loads(
+        json.dumps(resolve(TWO_STAGES, NET, samples=320).to_dict()).replace("Infinity", '"inf"')
+    )
+    change(plain)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"format": 3, "hash": content_hash(plain), **plain}), encoding="utf-8")
+    with pytest.raises(RecipeError, match=rf"not a plan: {re.escape(place)}"):
         Plan.load(path)
 
 
