@@ -14,14 +14,17 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import coverage_worker
 from coverage_models import names
 from coverage_table import page
 from machine import machine
@@ -32,16 +35,18 @@ RESULT = HERE / "results" / "coverage.json"
 
 def main() -> int:
     asked = _arguments()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for package in ("torchvision", "timm", "transformers", "torch.export"):
+        import_module(package)  # once, for all processes
     wanted = [
         name for name in names() if not asked.only or name in asked.only or name.split("/")[1] in asked.only
     ]
     known = json.loads(asked.out.read_text())["models"] if asked.out.exists() else {}
     todo = [name for name in wanted if asked.again or name not in known]
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        for name, record in zip(todo, pool.map(lambda n: _run(n, asked.limit), todo), strict=True):
-            known[name] = record
-            _save(known, asked.out)
-            print(f"{name}: {_said(record)}", flush=True)
+    for name, record in _records(todo, asked.jobs, asked.limit):
+        known[name] = record
+        _save(known, asked.out)
+        print(f"{name}: {_said(record)}", flush=True)
     text = page({name: known[name] for name in names() if name in known})
     asked.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
@@ -58,25 +63,47 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(name: str, limit: float) -> dict[str, Any]:
-    """The record of one model, made in a process of its own; how it failed, where it did."""
-    began = time.monotonic()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(HERE / "coverage_worker.py"), name]
+def _records(todo: list[str], jobs: int, limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records, as they come. Each model has a process of its own, forked from this one, which has torch loaded."""
+    waiting, running = list(todo), []
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                out = Path(folder) / name.replace("/", "-")
+                process = get_context("fork").Process(target=_run, args=(name, out))
+                process.start()
+                running.append((name, out, process, time.monotonic()))
+            wait([process.sentinel for _, _, process, _ in running], timeout=1)
+            for one in list(running):
+                name, out, process, began = one
+                seconds = round(time.monotonic() - began, 1)
+                if process.is_alive() and seconds < limit:
+                    continue
+                process.kill()
+                process.join()
+                running.remove(one)
+                yield name, _record(out) | {"seconds": seconds}
+
+
+def _run(name: str, out: Path) -> None:
+    """Write the record of one model; what is printed meanwhile goes to a file beside it."""
+    noise = os.open(f"{out}.noise", os.O_CREAT | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(noise, stream)
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, env=environment, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {limit:.0f} s", "seconds": limit}
-    if done.returncode:
-        return {
-            "failed": (done.stderr.strip().splitlines() or ["no word"])[-1],
-            "seconds": time.monotonic() - began,
-        }
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    noise = [line for line in done.stderr.splitlines() if line.strip()]
-    return record | {"seconds": round(time.monotonic() - began, 1), "noise": noise[:3]}
+        record = coverage_worker.record(name)
+    except BaseException as error:
+        record = {"failed": f"{type(error).__name__}: {error}"}
+    out.write_text(json.dumps(record), encoding="utf-8")
+
+
+def _record(out: Path) -> dict[str, Any]:
+    if not out.exists():
+        return {"failed": "not done within the time limit, or killed"}
+    noise = [line for line in Path(f"{out}.noise").read_text(errors="replace").splitlines() if line.strip()]
+    record: dict[str, Any] = json.loads(out.read_text())
+    return record | {"noise": noise[:3]}
 
 
 def _said(record: dict[str, Any]) -> str:

@@ -83,8 +83,9 @@ def _torchvision(name: str) -> Case:
     model = torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **with_weights)
     if name.startswith(("vit", "maxvit")):
         return Case(model, _pictures(224))
-    small, usual = (160, 299) if name == "inception_v3" else (_SMALL, 224)
-    return Case(model, _pictures(small), usual=_pictures(usual))
+    if name == "inception_v3":
+        return Case(model, _pictures(299))
+    return Case(model, _pictures(_SMALL), usual=_pictures(224))
 
 
 def _segmentation(name: str) -> Case:

@@ -28,8 +28,11 @@ def page(models: Mapping[str, Any]) -> str:
         "",
         f"A sample's features alone beside those in a batch, the largest difference relative to the norm: {_worst(models):.1e}.",
         "",
-        "`off`: the largest difference to the whole model over all six ways, relative to the norm: of the exact prefix, and "
-        "of the one with folded batch-norm and channels last. `seconds`: of one way, looking, cutting and proving, the median.",
+        "`off`: the largest difference between the halves and the whole model over all six ways, relative to the norm, in "
+        "outputs, gradients and buffers; then that between the features of the faster prefix (batch-norm folded, channels "
+        "last), where that passed the proof, and the exact ones. `seconds`: of one way, looking, cutting and proving, the "
+        "median, processor time. Networks that take pictures of any size were compared on 128 px; the KiB are those of "
+        "their usual size (224 px, or what the name says).",
     ]
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from halving import assert_as_before, assert_same, halves_of, proved, state
-from lehr.run.prefix import Call
+from lehr.run.prefix import Call, CannotSplit
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +102,14 @@ def test_hooks_and_small_networks_are_left_alone() -> None:
         layer.register_forward_pre_hook(lambda *_: seen.append(1))
     hooked = halves_of(model, CALL, "head")
     assert hooked.fast() is hooked
+
+
+def test_a_wrong_fold_is_refused() -> None:
+    """A faster form that gives other features is refused, in evaluation and in training."""
+    model = Network()
+    fast = halves_of(model, CALL, "head").fast()
+    folded = next(m for m in fast._first.module.modules() if type(m) is nn.Conv2d)
+    with torch.no_grad():
+        folded.weight.mul_(1.01)
+    with pytest.raises(CannotSplit, match=r"the faster form of the part up to .* gives other features"):
+        proved(model, fast, CALL)

@@ -41,6 +41,7 @@ class Halves:
     """A model as prefix and suffix, which run its own modules with its own parameters, in the modes these are in.
 
     `cut` is where; `code` is what both compute, as text; `reads` the parameters and buffers that decide the features.
+    `exact` are the halves of which these are the faster form, if they are one.
     """
 
     cut: Cut
@@ -51,6 +52,7 @@ class Halves:
     _spec: pytree.TreeSpec
     _first: Prefix
     _second: Suffix
+    exact: Halves | None = None
 
     def prefix(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """What crosses the cut, for these arguments of the model: tensors [batch, ...], without gradients.
@@ -84,7 +86,7 @@ class Halves:
         """
         with torch.no_grad():
             faster = folded(self._first)
-        return self if faster is None else replace(self, _first=faster)
+        return self if faster is None else replace(self, exact=self, _first=faster)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def prove(
             features = checks.features(tensors)
             checks.stored(features, store)
             checks.samples(features)
+            features = checks.exact(features)
             if loss is None or not torch.is_grad_enabled():
                 checks.outputs(features)
             if loss is not None:
@@ -85,6 +86,8 @@ def prove(
             torch.clear_autocast_cache()
 
 
+_CLOSER = 0.1
+"""The faster form of a prefix is to be that much nearer: it is one convolution's rounding, and nothing behind it."""
 _TIMES, _MOST = 8.0, 0.05
 """Gradients may differ by so many times what a change of the features' last bits makes, and by no more than that share."""
 
@@ -130,6 +133,16 @@ class _Checks:
                         f"a sample's features up to {self.after} are others when its batch is {how}, so they depend on the "
                         "samples beside it; a layer that mixes samples has to be behind what is frozen"
                     )
+
+    def exact(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The exact features, of which these are to be a rounding; behind the cut both forms of the halves are the same."""
+        if self.halves.exact is None:
+            return features
+        args, kwargs = self.form.call(self.tensors)
+        exact = self.halves.exact.prefix(*args, **kwargs)
+        if not all(near(one, other, self.near * _CLOSER) for one, other in zip(exact, features, strict=True)):
+            raise CannotSplit(f"the faster form of the part up to {self.after} gives other features")
+        return exact
 
     def stored(self, features: tuple[torch.Tensor, ...], store: torch.dtype | None) -> None:
         """Nothing is to overflow in the type in which it is stored."""
