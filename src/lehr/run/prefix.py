@@ -107,7 +107,7 @@ class Analysis:
         Raises:
             CannotSplit: where it cannot be cut there after all.
         """
-        place = next(place for place in self._places if place.cut is cut)
+        place = next(place for place in self._places if place.cut == cut)
         try:
             first, second = halve(self._parts, place)
         except CannotSplit:

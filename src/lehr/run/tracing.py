@@ -96,8 +96,9 @@ def trace(model: nn.Module, form: Form, tensors: Sequence[torch.Tensor], route: 
         try:
             traced = (_by_fx if route == "fx" else _by_export)(root, tensors)
         except Exception as error:
+            in_ = f" in {root.returned.failed}" if root.returned.failed else ""
             raise CannotTrace(
-                f"the model cannot be traced ({_reason(error)}); a branch on the values of a tensor, for example, has no "
+                f"the model cannot be traced{in_} ({_reason(error)}); a branch on the values of a tensor, for example, has no "
                 "fixed graph"
             ) from error
         draws = not same_random(before, randomness.take())
@@ -125,6 +126,7 @@ class _Returned:
     spec: pytree.TreeSpec
     plain: list[Any]
     computed: list[bool]
+    failed = ""
 
 
 class _Flat(nn.Module):
@@ -163,12 +165,20 @@ class _Tracer(fx.Tracer):
     ) -> None:
         searched: Any = (math, torchvision.ops)
         super().__init__(autowrap_modules=searched, autowrap_functions=functions)
-        self.count, self.leaves = count, leaves
+        self.count, self.leaves, self.failed = count, leaves, ""
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
         """The wrapper, and a placeholder for each of its tensors."""
         made = [self.create_proxy("placeholder", f"input_{n}", (), {}) for n in range(self.count)]
         return root_fn, [self.root, *made]
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Remembers in which module tracing failed, the innermost one."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or own_path(self.path_of_module(m))
+            raise
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """What is called as a whole."""
@@ -180,8 +190,11 @@ class _Tracer(fx.Tracer):
 def _by_fx(root: _Flat, tensors: Sequence[torch.Tensor]) -> Traced:
     leaves, functions = _notraced()
     ops = tuple(getattr(torchvision.ops, name) for name in _TORCHVISION if hasattr(torchvision.ops, name))
-    graph = _Tracer(len(tensors), (*ops, *leaves), functions).trace(root)
-    return _finished(graph, root, root, "fx")
+    tracer = _Tracer(len(tensors), (*ops, *leaves), functions)
+    try:
+        return _finished(tracer.trace(root), root, root, "fx")
+    finally:
+        root.returned.failed = tracer.failed
 
 
 def _notraced() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
