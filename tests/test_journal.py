@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from lehr.errors import RequestError, RunError
 from lehr.event_json import VERSION, WRITTEN, format_line, parse_line
 from lehr.events import (
+    CacheClosed,
     CheckpointFailed,
     CheckpointWritten,
     EpochEnded,
     Event,
-    CacheClosed,
     FreezeAudited,
-    PrefixCached,
     Interrupted,
     Note,
+    PrefixCached,
     Progressed,
     Record,
     Resumed,

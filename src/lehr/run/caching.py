@@ -94,7 +94,7 @@ class StageCache:
         wanted = wanted_in(plan, stage, feed, self._left, views=views)
         return Terms(
             plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data),
-            said=lambda text: tell(Note(text)),
+            said=lambda text: tell(Note(text)), draws=partial(who_draws, plan, "fresh" if data == _VALIDATION else views, feed),
             folder=caching.folder, cache_dir=caching.cache_dir, is_average=is_average,
             is_fresh=data == _VALIDATION or views == "fresh",
         )  # fmt: skip
@@ -146,24 +146,26 @@ def why_not(plan: Plan, stage: PlannedStage, feed: Feed) -> tuple[str, bool]:
     if feed.untappable:
         return feed.untappable, True
     source = feed.dataset
-    if isinstance(stage.views, int):
-        drawn = probe(source, plan.seed, fixed=True)
-        return (f"{drawn}, in the same view, too", True) if drawn else ("", False)
-    if isinstance(source, ImageSamples) and source.pipeline.augment:
+    if stage.views == "fresh" and isinstance(source, ImageSamples) and source.pipeline.augment:
         names = ", ".join(sorted(source.pipeline.augment))
         return (
             f"its images are changed at random in each epoch ({names}); views = 4 makes four of each, once",
             True,
         )
-    drawn = probe(source, plan.seed)
-    return (f"{drawn}; {_way_out(feed)}", True) if drawn else ("", False)
+    return "", False
 
 
-def _way_out(feed: Feed) -> str:
-    """How a person's own samples would be the same again: lehr makes views of a data set, not of a loader."""
+def who_draws(plan: Plan, views: int | str, feed: Feed) -> str:
+    """Why samples would not be the same again, in words; found by making some of them, so it is asked last."""
+    if isinstance(views, int):
+        drawn = probe(feed.dataset, plan.seed, fixed=True)
+        return f"{drawn}, in the same view, too" if drawn else ""
+    drawn = probe(feed.dataset, plan.seed)
+    if not drawn:
+        return ""
     if feed.loader is None:
-        return "views = 4 makes four fixed views of each sample"
-    return "pass the data set itself and say views = 4, or take the randomness out"
+        return f"{drawn}; views = 4 makes four fixed views of each sample"
+    return f"{drawn}; pass the data set itself and say views = 4, or take the randomness out"
 
 
 def why_not_validated(
@@ -176,9 +178,8 @@ def why_not_validated(
         return "there is nothing to keep"
     if feed.untappable:
         return feed.untappable
-    if judged is not model and not _is_at_rest(model, judged, plan.trainable(stage)):
-        return "the average of the frozen weights still moves"
-    return probe(feed.dataset, plan.seed)
+    moves = judged is not model and not _is_at_rest(model, judged, plan.trainable(stage))
+    return "the average of the frozen weights still moves" if moves else ""
 
 
 def _is_at_rest(model: nn.Module, average: nn.Module, trained: frozenset[str]) -> bool:

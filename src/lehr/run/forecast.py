@@ -17,13 +17,13 @@ from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan
 from lehr.run.batches import leaves
 from lehr.run.cache import place_for, row_bytes
-from lehr.run.caching import wanted_in, why_not
+from lehr.run.caching import wanted_in, who_draws, why_not
 from lehr.run.cuts import CannotSplit
 from lehr.run.optimizer import apply, optimizer
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed, view_of
 from lehr.run.update import Loss, Update, placed
-from lehr.run.ways import Way, find_way, through_suffix
+from lehr.run.ways import Way, check_worth, find_way, through_suffix
 
 _STEPS = 3
 _ENOUGH = 2.0
@@ -79,6 +79,9 @@ def _way(
         return None, why
     try:
         wanted = wanted_in(plan, stage, feed, plan.caching.budget, views=stage.views)
+        check_worth(model, batch, wanted)
+        if why := who_draws(plan, stage.views, feed):
+            return None, why
         return find_way(model, loss, batch, trained=plan.trainable(stage), wanted=wanted, on=on), ""
     except CannotSplit as reason:
         return None, str(reason)

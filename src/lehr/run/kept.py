@@ -97,9 +97,7 @@ class Kept:
             self._held.close()
 
     def _of_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        found = [
-            list(blake2b(self.store.row(slot), digest_size=_DIGEST).digest()) for slot in slots.tolist()
-        ]
+        found = [list(blake2b(self.store.row(slot), digest_size=_DIGEST).digest()) for slot in slots.tolist()]
         return torch.tensor(found, dtype=torch.uint8).reshape(-1, _DIGEST)
 
 

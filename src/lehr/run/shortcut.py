@@ -30,7 +30,7 @@ from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed, Window, view_of
 from lehr.run.untouched import same_bits
 from lehr.run.update import Loss, Returned, placed
-from lehr.run.ways import TooLittle, Wanted, Way, find_way, through_suffix
+from lehr.run.ways import TooLittle, Wanted, Way, check_worth, find_way, through_suffix
 
 _LONG = 5.0
 """Seconds of an epoch from which on a cache is judged by them; below, what it costs or saves does not matter."""
@@ -66,7 +66,8 @@ class Terms:
     """What a shortcut works for: what trains, what is wanted, on which arithmetic; where a file may lie, and where features
     are kept for other runs.
 
-    `found` is told of the way that was found, `lost` why there is none, `said` what else a person should know. Of an
+    `found` is told of the way that was found, `lost` why there is none, `said` what else a person should know. `draws`
+    looks whether samples are the same again, and says why not. Of an
     average (`is_average`) the weights are written at every step, also where they stay the same. Where `is_fresh`, samples
     that draw random numbers are others each time.
     """
@@ -77,6 +78,7 @@ class Terms:
     found: Callable[[Way, Store], None]
     lost: Callable[[str], None]
     said: Callable[[str], None]
+    draws: Callable[[], str]
     folder: Path | None = None
     cache_dir: Path | None = None
     is_average: bool = False
@@ -269,6 +271,9 @@ class Shortcut:
     def _find(self, batch: Any) -> None:
         terms = self._terms
         try:
+            check_worth(self._model, batch, terms.wanted)
+            if why := terms.draws():
+                raise CannotSplit(why)
             way = find_way(
                 self._model, self._loss, placed(batch, terms.on.device), trained=terms.trained, wanted=terms.wanted,
                 on=terms.on,

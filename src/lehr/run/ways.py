@@ -102,15 +102,13 @@ def find_way(
     Raises:
         CannotSplit: where there is none, or none that pays; in words for the person.
     """
-    saved = wanted.rows * wanted.passes
-    if not wanted.required and _at_most(model, batch) * saved < LEAST_WORK:
-        raise TooLittle(_TOO_LITTLE)  # before the loss function is called, which may count its calls
+    check_worth(model, batch, wanted)
     with _as_it_was(model, loss, on), on.autocast():
         seen = calling(model, loss, batch)
         sample = part(batch, _PROVED)
         call = seen.call(sample)
         work = _work(model, call) / len(leaves(sample)[0])
-        if not wanted.required and work * saved < LEAST_WORK:
+        if not wanted.required and work * wanted.rows * wanted.passes < LEAST_WORK:
             raise TooLittle(_TOO_LITTLE)
         analysis = analyse(model, call, trained=trained)
         beside = sum(leaves(sample)[n][:1].nbytes for n in seen.kept)
@@ -162,6 +160,16 @@ def _once(run: Callable[..., Any]) -> Callable[..., Any]:
         raise CannotSplit('the loss function calls the model more than once a batch; say cache = "off"')
 
     return called
+
+
+def check_worth(model: nn.Module, batch: Any, wanted: Wanted) -> None:
+    """Refuse what cannot be worth it, from sizes alone: neither the loss function nor a data set is asked for more.
+
+    Raises:
+        TooLittle: where there is too little to save.
+    """
+    if not wanted.required and _at_most(model, batch) * wanted.rows * wanted.passes < LEAST_WORK:
+        raise TooLittle(_TOO_LITTLE)
 
 
 class TooLittle(CannotSplit):
