@@ -64,12 +64,28 @@ def case(name: str) -> Case:
         for parameter in made.model.parameters():
             if parameter.ndim <= 1 or not parameter.any():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        for key, buffer in made.model.named_buffers():
-            if key.endswith("running_mean"):
-                buffer.normal_(0, 0.1)
-            if key.endswith("running_var"):
-                buffer.uniform_(0.5, 1.5)
+        _calibrate(made)
     return made
+
+
+def _calibrate(made: Case) -> None:
+    """Batch-norm's statistics as they are on a batch, with noise: with those of a new network, numbers would explode."""
+    norms = [
+        m
+        for m in made.model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    before = [norm.momentum for norm in norms]
+    if not norms:
+        return
+    for norm in norms:
+        norm.momentum = 1.0
+    args, kwargs = made.call(4)
+    made.model.train()(*args, **kwargs)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.running_mean.add_(0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean))
+        norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.8, 1.25))
 
 
 def _pictures(size: int) -> Call:
