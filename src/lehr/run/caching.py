@@ -28,6 +28,8 @@ from lehr.run.watch import Tell
 from lehr.run.ways import Wanted, Way
 
 _TRAINING, _VALIDATION = "train", "valid"
+_NEARLY_ALL = 0.8
+"""Of the parameters: a stage that trains more is not expected to have anything to keep."""
 _TURNS = "objectives take turns, and what is frozen changes with each"
 
 
@@ -148,10 +150,11 @@ def why_not(plan: Plan, stage: PlannedStage, feed: Feed) -> tuple[str, bool]:
     source = feed.dataset
     if stage.views == "fresh" and isinstance(source, ImageSamples) and source.pipeline.augment:
         names = ", ".join(sorted(source.pipeline.augment))
-        return (
-            f"its images are changed at random in each epoch ({names}); views = 4 makes four of each, once",
-            True,
-        )
+        changed = f"its images are changed at random in each epoch ({names})"
+        trained = sum(plan.parameters[name] for name in plan.trainable(stage)) / sum(plan.parameters.values())
+        if trained > _NEARLY_ALL:
+            return f"it trains {trained:.0%} of the parameters, and {changed}", False
+        return f"{changed}; views = 4 makes four of each, once", True
     return "", False
 
 
