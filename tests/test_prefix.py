@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -109,6 +111,16 @@ def test_what_changes_is_behind_the_cut(between: Any) -> None:
     assert halves.cut.after == "body"
 
 
+def test_mixing_is_found_with_a_single_sample() -> None:
+    """Also where the batch that is looked at has one sample, what mixes samples comes behind the cut; and the proof sees it."""
+    model = Two(lambda x: x - x.mean(0))
+    halves = check(model, batch(1), "head")
+    assert halves.cut.after == "body"
+    mixing = SimpleNamespace(forward=lambda x: ([model.body(x) - model.body(x).mean(0)], ()))
+    with pytest.raises(CannotSplit, match="when its batch is larger"):
+        proved(model, replace(halves, _first=replace(halves._first, module=mixing)), batch(1))
+
+
 def test_random_numbers_in_python() -> None:
     """A forward pass that rolls dice in Python to decide what to do is refused."""
     import random
@@ -208,6 +220,7 @@ def test_inputs_that_are_no_batch() -> None:
         (Call((torch.randn(3, 6), torch.randn(4, 6)), {}), "do not have a row for each sample"),
         (Call((object(),), {}), "called with a object"),
         (Call((), {}), "without a tensor"),
+        (Call((torch.zeros(0, 6),), {}), "without a tensor"),
     ]:
         with pytest.raises(CannotSplit, match=words):
             analysed(model, call, "head")

@@ -51,7 +51,7 @@ def checked_form(call: Call) -> tuple[Form, list[torch.Tensor]]:
                 f"the model is called with a {type(leaf).__name__}; only tensors, and lists, tuples and dicts of them, "
                 "can be followed through it"
             )
-    if not tensors or any(not t.ndim for t in tensors):
+    if not tensors or any(not t.ndim or not len(t) for t in tensors):
         raise CannotSplit("the model is called without a tensor that has a row for each sample")
     if len({len(t) for t in tensors}) > 1 or _is_listed(call):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
@@ -60,6 +60,19 @@ def checked_form(call: Call) -> tuple[Form, list[torch.Tensor]]:
             "be cut into samples, one tensor [batch, ...] can"
         )
     return form, tensors
+
+
+def at_least(tensors: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """The tensors with so many different samples: where there are fewer, their values are turned round within a sample.
+
+    >>> at_least([torch.tensor([[1, 2, 3]]), torch.tensor([7])], 2)
+    [tensor([[1, 2, 3],
+            [3, 1, 2]]), tensor([7, 7])]
+    """
+    have = len(tensors[0])
+    turns = range(-(-max(count - have, 0) // have))
+    more = [[t.roll(turn + 1, -1) if t.ndim > 1 else t for turn in turns] for t in tensors]
+    return [torch.cat([t, *rest])[: max(count, have)] for t, rest in zip(tensors, more, strict=True)]
 
 
 def _is_listed(call: Call) -> bool:

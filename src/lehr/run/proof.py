@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from lehr.run.cuts import Call, CannotSplit
 from lehr.run.facts import named, unwrap
-from lehr.run.forms import Form
+from lehr.run.forms import Form, at_least
 from lehr.run.nearness import near, tolerance
 from lehr.run.prefix import Halves
 from lehr.run.randomness import Randomness, RandomState
@@ -123,16 +123,20 @@ class _Checks:
     def samples(self, features: tuple[torch.Tensor, ...]) -> None:
         """A sample's features are to be the same in another order of the batch, and alone."""
         count = len(self.tensors[0])
-        turned = torch.arange(count - 1, -1, -1, device=self.tensors[0].device)
-        orders = {"in another order": turned, "alone": turned[:1]}
-        for how, order in orders.items():
+        turned = torch.arange(count - 1, -1, -1)
+        for how, order in {"in another order": turned, "alone": turned[:1]}.items():
             again = self.features([t[order.to(t.device)] for t in self.tensors])
-            for one, other in zip(features, again, strict=True):
-                if not near(one[order.to(one.device)], other, self.near):
-                    raise CannotSplit(
-                        f"a sample's features up to {self.after} are others when its batch is {how}, so they depend on the "
-                        "samples beside it; a layer that mixes samples has to be behind what is frozen"
-                    )
+            self._same_features([f[order.to(f.device)] for f in features], again, how)
+        if count == 1:
+            again = self.features(at_least(self.tensors, 2))
+            self._same_features(features, [f[:1] for f in again], "larger")
+
+    def _same_features(self, some: Iterable[torch.Tensor], others: Iterable[torch.Tensor], how: str) -> None:
+        if not all(near(one, other, self.near) for one, other in zip(some, others, strict=True)):
+            raise CannotSplit(
+                f"a sample's features up to {self.after} are others when its batch is {how}, so they depend on the samples "
+                "beside it; a layer that mixes samples has to be behind what is frozen"
+            )
 
     def exact(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The exact features, of which these are to be a rounding; behind the cut both forms of the halves are the same."""

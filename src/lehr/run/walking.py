@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lehr.run.cuts import CannotSplit
+from lehr.run.forms import at_least
 from lehr.run.nearness import near, tolerance
 from lehr.run.seen import Affine, Seen, Sizes, Tensor, Unclear, rebuilt_sequence
 from lehr.run.tracing import Traced
@@ -232,9 +233,8 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def _batches(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    count = len(tensors[0])
-    picked = torch.tensor([n % count for n in (2, 1, 0)], device=tensors[0].device)
-    large = [t[picked.to(t.device)] for t in tensors]
+    picked = torch.tensor([2, 1, 0])
+    large = [t[picked.to(t.device)] for t in at_least(tensors, LARGE)]
     return [b[_SHARED.to(b.device)] for b in large], large
 
 
