@@ -71,6 +71,11 @@ def command(*arguments: str, first: Fault | None = None, at: Mapping[int, Fault]
         os._exit(code)
 
 
+def keep_no_pixels() -> None:
+    """Every epoch reads the files of its images again."""
+    os.environ["LEHR_DECODED"] = "off"
+
+
 def strike(at: Mapping[int, Fault]) -> None:
     """From now on, these things happen right before the update of a step."""
     usual = Update.__call__

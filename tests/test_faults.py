@@ -592,8 +592,8 @@ ON_IMAGES = (
 
 @pytest.mark.parametrize(("how", "workers"), [("overwritten", 1), ("deleted", 0)])
 def test_an_image_that_turns_bad(how: str, workers: int, images: Path, tmp_path: Path) -> None:
-    """An image that is overwritten or deleted while the run goes on ends it with 1: step and file are named, the run
-    is saved as of its last whole step, and with the image back it goes on."""
+    """An image that is overwritten or deleted while the run goes on, and whose pixels are not kept, ends it with 1: step
+    and file are named, the run is saved as of its last whole step, and with the image back it goes on."""
     path = images / "red" / "3.png"
     content = path.read_bytes()
     fault = (
@@ -602,7 +602,17 @@ def test_an_image_that_turns_bad(how: str, workers: int, images: Path, tmp_path:
         else partial(breaking.remove, path)
     )
     out = tmp_path / "run"
-    ended = ends("fit", images, *ON_IMAGES, "--workers", workers, "--out", out, at={0: fault})
+    ended = ends(
+        "fit",
+        images,
+        *ON_IMAGES,
+        "--workers",
+        workers,
+        "--out",
+        out,
+        first=breaking.keep_no_pixels,
+        at={0: fault},
+    )
     assert ended.code == 1, ended.said
     is_plain(ended)
     said = re.search(r"\nlehr: step (\d+): (.*)", ended.said)
@@ -614,6 +624,14 @@ def test_an_image_that_turns_bad(how: str, workers: int, images: Path, tmp_path:
     assert to_go_on(ended)
     path.write_bytes(content)
     assert "done" in goes_on(out).said
+
+
+def test_an_image_that_turns_bad_when_its_pixels_are_kept(images: Path, tmp_path: Path) -> None:
+    """An image that is deleted after it was decoded, and kept, disturbs no run."""
+    fault = partial(breaking.remove, images / "red" / "3.png")
+    ended = ends("fit", images, *ON_IMAGES, "--workers", 0, "--out", tmp_path / "run", at={0: fault})
+    assert ended.code == 0, ended.said
+    assert "done" in ended.said
 
 
 class Samples(TensorDataset):
