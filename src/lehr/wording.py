@@ -194,8 +194,8 @@ class Words:
     def cache_closed(self, event: CacheClosed) -> str:
         """What it was good for.
 
-        >>> Words("utf-8", True).cache_closed(CacheClosed(0, 400, "train", 500, 4500, 81.2))
-        'training: features of 500 samples were read 4,500 times, which has saved about 81 s'
+        >>> Words("utf-8", True).cache_closed(CacheClosed(0, 400, "train", 500, 4500, 81.2)).replace(GLUE, " ")
+        'training: features of 500 samples were read 4,500 times, which has saved about 1 min 21 s'
         """
         what = "training" if event.data == "train" else "validation"
         read = f"{count(event.read)} times, which has saved about {_seconds(event.saved)}"

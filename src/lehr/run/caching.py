@@ -96,7 +96,7 @@ class StageCache:
         wanted = wanted_in(plan, stage, feed, self._left, views=views)
         return Terms(
             plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data),
-            said=lambda text: tell(Note(text)), draws=partial(who_draws, plan, "fresh" if data == _VALIDATION else views, feed),
+            said=lambda text: tell(Note(text)), again=partial(not_again, plan, stage, feed, "fresh" if data == _VALIDATION else views),
             folder=caching.folder, cache_dir=caching.cache_dir, is_average=is_average,
             is_fresh=data == _VALIDATION or views == "fresh",
         )  # fmt: skip
@@ -147,28 +147,31 @@ def why_not(plan: Plan, stage: PlannedStage, feed: Feed) -> tuple[str, bool]:
         return f"it sees no sample twice in {stage.epochs} epoch(s) with {views} view(s)", False
     if feed.untappable:
         return feed.untappable, True
+    return "", False
+
+
+def not_again(plan: Plan, stage: PlannedStage, feed: Feed, views: int | str) -> tuple[str, bool]:
+    """Why samples would not be the same again, and whether that is news, as in `why_not`; it makes some of them to find
+    out, so it is asked last.
+    """
     source = feed.dataset
-    if stage.views == "fresh" and isinstance(source, ImageSamples) and source.pipeline.augment:
+    if isinstance(views, int):
+        drawn = probe(source, plan.seed, fixed=True)
+        return f"{drawn}, in the same view, too" if drawn else "", True
+    if isinstance(source, ImageSamples) and source.pipeline.augment:
         names = ", ".join(sorted(source.pipeline.augment))
         changed = f"its images are changed at random in each epoch ({names})"
         trained = sum(plan.parameters[name] for name in plan.trainable(stage)) / sum(plan.parameters.values())
         if trained > _NEARLY_ALL:
             return f"it trains {trained:.0%} of the parameters, and {changed}", False
         return f"{changed}; views = 4 makes four of each, once", True
-    return "", False
-
-
-def who_draws(plan: Plan, views: int | str, feed: Feed) -> str:
-    """Why samples would not be the same again, in words; found by making some of them, so it is asked last."""
-    if isinstance(views, int):
-        drawn = probe(feed.dataset, plan.seed, fixed=True)
-        return f"{drawn}, in the same view, too" if drawn else ""
-    drawn = probe(feed.dataset, plan.seed)
-    if not drawn:
-        return ""
-    if feed.loader is None:
-        return f"{drawn}; views = 4 makes four fixed views of each sample"
-    return f"{drawn}; pass the data set itself and say views = 4, or take the randomness out"
+    drawn = probe(source, plan.seed)
+    way = (
+        "views = 4 makes four fixed views of each sample"
+        if feed.loader is None
+        else "pass the data set itself and say views = 4, or take the randomness out"
+    )
+    return f"{drawn}; {way}" if drawn else "", True
 
 
 def why_not_validated(

@@ -17,7 +17,7 @@ from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan
 from lehr.run.batches import leaves
 from lehr.run.cache import place_for, row_bytes
-from lehr.run.caching import wanted_in, who_draws, why_not
+from lehr.run.caching import not_again, wanted_in, why_not
 from lehr.run.cuts import CannotSplit
 from lehr.run.optimizer import apply, optimizer
 from lehr.run.precision import Arithmetic
@@ -80,7 +80,8 @@ def _way(
     try:
         wanted = wanted_in(plan, stage, feed, plan.caching.budget, views=stage.views)
         check_worth(model, batch, wanted)
-        if why := who_draws(plan, stage.views, feed):
+        why, _ = not_again(plan, stage, feed, stage.views)
+        if why:
             return None, why
         return find_way(model, loss, batch, trained=plan.trainable(stage), wanted=wanted, on=on), ""
     except CannotSplit as reason:

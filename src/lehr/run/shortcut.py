@@ -66,8 +66,8 @@ class Terms:
     """What a shortcut works for: what trains, what is wanted, on which arithmetic; where a file may lie, and where features
     are kept for other runs.
 
-    `found` is told of the way that was found, `lost` why there is none, `said` what else a person should know. `draws`
-    looks whether samples are the same again, and says why not. Of an
+    `found` is told of the way that was found, `lost` why there is none, `said` what else a person should know. `again`
+    looks whether samples are the same again: why not, and whether that is news. Of an
     average (`is_average`) the weights are written at every step, also where they stay the same. Where `is_fresh`, samples
     that draw random numbers are others each time.
     """
@@ -78,7 +78,7 @@ class Terms:
     found: Callable[[Way, Store], None]
     lost: Callable[[str], None]
     said: Callable[[str], None]
-    draws: Callable[[], str]
+    again: Callable[[], tuple[str, bool]]
     folder: Path | None = None
     cache_dir: Path | None = None
     is_average: bool = False
@@ -180,7 +180,7 @@ class Shortcut:
         """lehr's own batches of indices; only what is missing is loaded."""
         missing = [self._missing(of_batch) for of_batch in slots]
         wanted = [indices[m] for indices, m in zip(batches, missing, strict=True) if m.any()]
-        loaded = iter(self.feed.batches_of(wanted, view, self._watch))
+        loaded = iter(self.feed.batches_of(wanted, view, self._watch) if wanted else ())
         for of_batch, m in zip(slots, missing, strict=True):
             began = time.monotonic()
             batch = next(loaded) if m.any() else None
@@ -272,8 +272,9 @@ class Shortcut:
         terms = self._terms
         try:
             check_worth(self._model, batch, terms.wanted)
-            if why := terms.draws():
-                raise CannotSplit(why)
+            why, is_news = terms.again()
+            if why:
+                raise (CannotSplit if is_news or terms.wanted.required else TooLittle)(why)
             way = find_way(
                 self._model, self._loss, placed(batch, terms.on.device), trained=terms.trained, wanted=terms.wanted,
                 on=terms.on,
