@@ -45,7 +45,7 @@ from lehr.run.laying_out import layout_of
 from lehr.run.layout import named_layout, said
 from lehr.run.losses import LossSaid, judged_by, losses_of
 from lehr.run.optimizer import apply, optimizer
-from lehr.run.precision import arithmetic
+from lehr.run.precision import arithmetic, slow_arithmetic
 from lehr.run.refusals import check, check_unused
 from lehr.run.resuming import Resume, Resumption, check_resume, resumption
 from lehr.run.sampler import Feed, died, feed, samples_in
@@ -196,9 +196,8 @@ def fit(
         else:
             first: list[Event] = [run_started(plan, run.plan, training, validation, on)]
             told = resumed.notes if resumed else (*notes, *plan.notes)
-            first += [
-                Note(note) for note in (*told, *said(layout), *([tuning.said] if tuning.is_tuned else []))
-            ]
+            here = (slow_arithmetic(on), *said(layout), tuning.said if tuning.is_tuned else "")
+            first += [Note(note) for note in (*told, *filter(None, here))]
             _recorded(
                 run, judge, folder, observers, recipe=recipe, cadence=cadence, resumed=resumed, first=first
             )
