@@ -26,7 +26,7 @@ class StandIn:
     """Called instead of the model: `run` gets the arguments. All else that is asked of it is the model's own."""
 
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
-        self._model, self._run = model, run
+        self.__dict__.update(_model=model, _run=run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `run` makes of the arguments."""
@@ -34,6 +34,11 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise CannotSplit(
+            f"the loss function sets {name!r} of the model, which a model that is cut would not see"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,8 @@ def _recorded(model: nn.Module, loss: Loss, batch: Any) -> tuple[tuple[Any, ...]
         loss(StandIn(model, record), batch)  # type: ignore[arg-type]  # it is called, and asked for attributes
     except _SeenError:
         return found[0]
+    except CannotSplit:
+        raise
     except Exception as error:
         raise CannotSplit(
             f"the loss function does more with the model than call it ({type(error).__name__}); {_AS_FUNCTION}"

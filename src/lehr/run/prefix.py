@@ -84,8 +84,11 @@ class Halves:
 
         Where there is nothing to gain these halves themselves are given.
         """
-        with torch.no_grad():
-            faster = folded(self._first)
+        try:
+            with torch.no_grad():
+                faster = folded(self._first)
+        except Exception:  # without it all is as well, only slower
+            return self
         return self if faster is None else replace(self, exact=self, _first=faster)
 
 
@@ -158,6 +161,12 @@ def analyse(model: nn.Module, call: Call, *, trained: frozenset[str]) -> Analysi
 
 def _refuse_hooks(model: nn.Module, trained: set[int]) -> None:
     for path, module in model.named_modules():
+        inside = path == "" or any(True for _ in module.children())
+        if inside and (module._forward_hooks or module._forward_pre_hooks):
+            raise CannotSplit(
+                f"a hook on {path or 'the model'} would not be called, since its parts are called one by one; remove it where "
+                "it is not needed"
+            )
         if module._forward_hooks and not any(id(p) in trained for p in module.parameters()):
             raise CannotSplit(
                 f"a forward hook on {path or 'the model'} looks at what is frozen, and would not be called for features that "
@@ -214,9 +223,19 @@ def _to_still(parts: Parts, model: nn.Module) -> frozenset[str]:
         module = model.get_submodule(path) if path else model
         if not path or not module.training or any(True for _ in module.parameters()):
             continue
-        if any(_uses_parameter(parts, node) for node in below(source.node) if node not in trained):
+        calls = [n for n, s in parts.seen.items() if s.draws and (parts.traced.path(n) or ("",))[-1] == path]
+        if all(
+            _is_before_frozen(parts, node, trained) for node in calls
+        ):  # each call, where it is called more than once
             stilled.add(path)
     return frozenset(stilled)
+
+
+def _is_before_frozen(parts: Parts, node: fx.Node, trained: set[fx.Node]) -> bool:
+    """Whether nothing that trains comes before a node, and something frozen comes after it, before anything that trains."""
+    return node not in trained and any(
+        _uses_parameter(parts, after) for after in below(node) if after not in trained
+    )
 
 
 def _uses_parameter(parts: Parts, node: fx.Node) -> bool:
@@ -264,4 +283,22 @@ def _why_trained(parts: Parts, first: Source, trained: Mapping[str, nn.Parameter
 def _code(traced: Traced, cut: Cut) -> str:
     """What the model computes and where it is cut, as text that another process would come to as well."""
     named = tuple((c.name, c.shape, str(c.dtype)) for c in cut.crossings)
-    return f"{traced.route} {hashlib.blake2b(str(traced.graph).encode(), digest_size=16).hexdigest()} {cut.after} {named}"
+    modules = [_described(traced.target(n)) for n in traced.graph.nodes if n.op == "call_module"]
+    called = [str(getattr(n.target, "__module__", "")) for n in traced.graph.nodes if n.op == "call_function"]
+    parts = hashlib.blake2b(repr((modules, called)).encode(), digest_size=16).hexdigest()
+    return f"{parts} {traced.route} {hashlib.blake2b(str(traced.graph).encode(), digest_size=16).hexdigest()} {cut.after} {named}"
+
+
+def _described(module: Any) -> object:
+    """What a module computes besides its weights: its class, and its plain settings."""
+    plain = {
+        k: v
+        for k, v in vars(module).items()
+        if isinstance(v, (bool, int, float, str, tuple)) and k != "training"
+    }
+    return (
+        type(module).__module__,
+        type(module).__qualname__,
+        module.extra_repr(),
+        sorted(plain.items(), key=str),
+    )

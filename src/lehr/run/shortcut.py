@@ -231,8 +231,12 @@ class Shortcut:
         try:
             with self._terms.on.autocast():
                 kept = way.kept(placed(drawn.batch, self._terms.on.device))
-        except CannotSplit as why:
-            self._ends = str(why)
+        except (
+            Exception
+        ) as why:  # whatever it is, the long way is there; where that fails as well it says so itself
+            self._ends = (
+                str(why) if isinstance(why, CannotSplit) else f"the frozen part failed ({type(why).__name__})"
+            )
             return self._whole(drawn)
         rounded = [c.rounded(t) for c, t in zip(way.columns, kept, strict=True)]
         if (
@@ -282,6 +286,9 @@ class Shortcut:
             store = self._stored(way)
         except CannotSplit as why:
             self._lose(str(why), quietly=isinstance(why, TooLittle))
+            return
+        except Exception as why:  # nothing that is tried for speed may end a run
+            self._lose(f"looking for the frozen part failed ({type(why).__name__})")
             return
         self.way, self._store = way, store
         self._known = [Known(t, self._terms.is_average) for t in way.halves.reads]

@@ -12,20 +12,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lehr.run.batches import leaves
 from lehr.run.cache import Column
 from lehr.run.calling import Calling, StandIn, calling
 from lehr.run.cuts import Call, CannotSplit, Cut, choose
+from lehr.run.facts import unwrap
 from lehr.run.memory import part
+from lehr.run.nearness import near, tolerance
 from lehr.run.precision import Arithmetic
 from lehr.run.prefix import Halves, analyse
 from lehr.run.proof import Judged, prove
-from lehr.run.untouched import state_kept
+from lehr.run.unmoved import unmoved
+from lehr.run.untouched import in_eval, state_kept
 from lehr.run.update import Loss, Returned, scalar_loss
 
 _PROVED = 4  # samples of a real batch on which a prefix is proved
+_TINY = 1e-6  # losses that are no further apart are equal
 LEAST_SHARE = 0.2
 """Of the arithmetic: a prefix with less is not worth its bytes (the study's measured break-even, with slack)."""
 LEAST_WORK = 2e10
@@ -59,7 +64,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Way:
-    """A proved prefix and suffix, how the loss function calls the model, and the columns of a row. `rows` is how many of
+    """A proved prefix and suffix, how the loss function calls the model, and the columns of a row. `forms` are shape
+    and type of a batch's leaves, without the batch; `rows` is how many of
     the rows fit the budget; `work` the arithmetic of a whole forward pass, in operations a sample.
     """
 
@@ -67,6 +73,7 @@ class Way:
     halves: Halves
     calling: Calling
     columns: tuple[Column, ...]
+    forms: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     rows: int
     route: str
     stilled: tuple[str, ...]
@@ -86,6 +93,10 @@ class Way:
     def kept(self, batch: Any) -> list[torch.Tensor]:
         """What is kept of a whole batch: what crosses the cut, and the leaves that the loss function reads."""
         call, own = self.calling.call(batch), leaves(batch)
+        if [(tuple(t.shape[1:]), t.dtype) for t in own] != list(self.forms):
+            raise CannotSplit(
+                "samples of another shape or type have come than those that were looked at first"
+            )
         return [*self.halves.prefix(*call.args, **call.kwargs), *(own[n] for n in self.calling.kept)]
 
     def halfway(self, kept: list[torch.Tensor]) -> Halfway:
@@ -103,7 +114,8 @@ def find_way(
         CannotSplit: where there is none, or none that pays; in words for the person.
     """
     check_worth(model, batch, wanted)
-    with _as_it_was(model, loss, on), on.autocast():
+    _refuse_parallel(model)
+    with _as_it_was(model, loss, on), unmoved(unwrap(model)), on.autocast():
         seen = calling(model, loss, batch)
         sample = part(batch, _PROVED)
         call = seen.call(sample)
@@ -121,14 +133,17 @@ def find_way(
         proved = _proved(
             model, halves, call, loss=_judged(model, loss, seen, sample), narrow=narrow, exact=wanted.exact
         )
+        _prove_whole(model, proved, seen, batch, loss)
         features = proved.prefix(*call.args, **call.kwargs)
     columns = [Column.like(tensor, narrow) for tensor in features]
     columns += [Column.like(leaves(sample)[n]) for n in seen.kept]
+    forms = tuple((tuple(t.shape[1:]), t.dtype) for t in leaves(sample))
     return Way(
         wanted,
         proved,
         seen,
         tuple(columns),
+        forms,
         rows,
         analysis.route,
         analysis.stilled,
@@ -202,6 +217,30 @@ def _judged(model: nn.Module, loss: Loss, seen: Calling, sample: Any) -> Callabl
         return scalar_loss(loss(StandIn(model, _once(f)), without))  # type: ignore[arg-type]
 
     return judged
+
+
+def _prove_whole(model: nn.Module, halves: Halves, seen: Calling, batch: Any, loss: Loss) -> None:
+    """The loss of the whole batch is to be the same, too: a model may do otherwise with more samples."""
+    if len(leaves(batch)[0]) <= _PROVED:
+        return
+    call = seen.call(batch)
+    judged = _judged(model, loss, seen, batch)
+    state = torch.get_rng_state()
+    with torch.no_grad(), in_eval(unwrap(model), frozenset(halves.stilled)):
+        whole = judged(model)
+        torch.set_rng_state(state)
+        features = halves.prefix(*call.args, **call.kwargs)
+        ours = judged(lambda *_, **__: halves.suffix(features))
+    if not near(whole, ours, tolerance(whole.device)) and not abs(float(whole - ours)) <= _TINY:
+        raise CannotSplit(
+            f"the loss of {len(features[0])} samples is another when the model is cut behind {halves.cut.after}, though that of "
+            f"{_PROVED} is not: the model depends on the size of the batch"
+        )
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise CannotSplit("a model that is spread over several devices or processes is not cut")
 
 
 def _proved(

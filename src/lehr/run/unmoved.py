@@ -1,0 +1,69 @@
+"""Whether running a model leaves it as it was: what a forward pass changes by itself cannot be cut in two without a trace.
+
+Parameters, which buffer stands under which name, and plain attributes are compared; batch statistics may move. What has
+changed is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lehr.run.cuts import CannotSplit
+
+_PLAIN = (bool, int, float, str, type(None))
+_MODE = "training"
+
+
+@contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """What is done in this context may run the model, and must not change it.
+
+    Raises:
+        CannotSplit: where a parameter, the buffer under a name, or a plain attribute has changed, with the name.
+    """
+    parameters = {n: (p, p.data, p.detach().clone()) for n, p in model.named_parameters()}
+    modules = {path: (m, _plain(m), dict(m._buffers)) for path, m in model.named_modules()}
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        for name, (parameter, data, copy) in parameters.items():
+            if parameter.data.data_ptr() != data.data_ptr() or not torch.equal(parameter.detach(), copy):
+                changed.append(name)
+                parameter.data = data
+                with torch.no_grad():
+                    parameter.copy_(copy)
+        for path, (module, plain, buffers) in modules.items():
+            changed += [f"{path}.{name}".lstrip(".") for name in _put_back(module, plain, buffers)]
+    if changed:
+        raise CannotSplit(
+            f"a forward pass changes {changed[0]}, which only the whole model does; nothing is cached"
+        )
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value for name, value in vars(module).items() if name != _MODE and isinstance(value, _PLAIN)
+    }
+
+
+def _put_back(module: nn.Module, plain: dict[str, Any], buffers: dict[str, Any]) -> list[str]:
+    """Make plain attributes and the table of buffers what they were; the names of what was otherwise."""
+    now = _plain(module)
+    changed = [
+        name for name in {**now, **plain} if name not in now or name not in plain or now[name] != plain[name]
+    ]
+    for name in changed:
+        if name in plain:
+            module.__dict__[name] = plain[name]
+        elif name not in module.__dict__ or isinstance(module.__dict__[name], _PLAIN):
+            module.__dict__.pop(name, None)
+    moved = [name for name, buffer in module._buffers.items() if buffers.get(name) is not buffer]
+    if moved:
+        module._buffers.update({name: buffers[name] for name in moved if name in buffers})
+    return [*changed, *moved]

@@ -1,0 +1,145 @@
+"""Models and losses that do something besides what a cut model would do: each is trained as it is the long way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from short_runs import Net, close, images, net, ran, recipe, same
+
+
+class LargeBatches(Net):
+    """Does otherwise with more samples than a self-check looks at closely."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        return out * 2 if x.shape[0] > 6 else out
+
+
+class MaxNorm(Net):
+    """Keeps its head's weights small, as a part of its forward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.fc.weight.data = torch.renorm(self.fc.weight.data, 2, 0, 0.1)
+        return super().forward(x)
+
+
+class Annealed(Net):
+    """Its temperature falls with each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.temperature *= 0.9
+        return super().forward(x) / self.temperature
+
+
+class Centred(Net):
+    """Puts another buffer in the place of its own in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x) - self.centre
+        self.centre = 0.9 * self.centre + 0.1 * out.detach().mean(0)
+        return out
+
+
+@pytest.mark.parametrize("make", [LargeBatches, MaxNorm, Annealed, Centred])
+def test_what_only_the_whole_model_does(make: type[Net], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that its batch's size or its own forward pass changes is trained as without a cache, to the bit, and a line
+    says why.
+    """
+    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    found = ran(recipe(cache="auto"), model=net(make), valid=None)
+    assert same(found, ran(recipe(cache="off"), model=net(make), valid=None))
+    assert "trained without a cache" in found.notes
+
+
+class Twice(Net):
+    """The same dropout between frozen layers and before the head."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.drop(self.blocks[0](x))
+        return self.fc(self.drop(self.blocks[1](hidden).mean((2, 3))))
+
+
+def test_a_dropout_that_is_used_twice_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dropout before the head is not switched off because it stands between frozen layers, too."""
+    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    said = {"cache_exact": True}
+    found = ran(recipe(cache="auto", **said), model=net(Twice), valid=None)
+    assert same(found, ran(recipe(cache="off"), model=net(Twice), valid=None))
+
+
+def test_a_hook_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook on a part that is made of parts is called as often as without a cache."""
+    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    calls: dict[str, int] = {}
+    for cache in ("auto", "off"):
+        model = net()
+        model.register_forward_hook(lambda *_, cache=cache: calls.update({cache: calls.get(cache, 0) + 1}))
+        ran(recipe(cache=cache), model=model, valid=None)
+    assert calls["auto"] >= calls["off"] > 0
+
+
+def setting(model: Any, batch: Any) -> torch.Tensor:
+    """Tells the model something before it calls it."""
+    model.scale = 2.0
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_a_loss_that_sets_something_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a loss function sets of its model reaches the model."""
+    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    found = ran(recipe(cache="auto"), valid=None, loss=setting)
+    assert same(found, ran(recipe(cache="off"), valid=None, loss=setting))
+    assert "sets 'scale'" in found.notes
+
+
+class Sizes(Dataset[Any]):
+    """Images of another size in each batch of eight."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Any:
+        side = 6 + index // 8
+        return images().tensors[0][index].repeat(1, 2, 2)[:, :side, :side], images().tensors[1][index]
+
+
+def test_batches_of_other_shapes() -> None:
+    """Where samples of another shape come, the run goes on the long way and does not end."""
+    data = DataLoader(Sizes(), batch_size=8)
+    said = {"optimizer": "sgd"}
+    found = ran(recipe(cache="auto", **said), train=data, valid=None)
+    assert close(found, ran(recipe(cache="off", **said), train=DataLoader(Sizes(), batch_size=8), valid=None))
+
+
+def test_batches_of_other_shapes_after_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where a prefix was found with the first batch."""
+    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    said = {"optimizer": "sgd", "cache_exact": True}
+    found = ran(recipe(cache="auto", **said), train=DataLoader(Sizes(), batch_size=8), valid=None)
+    assert found.cached
+    assert "another shape" in found.notes
+    assert close(found, ran(recipe(cache="off", **said), train=DataLoader(Sizes(), batch_size=8), valid=None))
+
+
+def test_another_activation_finds_no_old_features(tmp_path: Path) -> None:
+    """Features in cache_dir are those of a network with the same operations, not only the same weights."""
+    for activation in (nn.ReLU(), nn.GELU(), nn.LeakyReLU(0.1), nn.LeakyReLU(0.5)):
+        model = net()
+        model.blocks[0][2] = activation
+        found = ran(recipe(cache_exact=True), model=model, valid=None, cache_dir=tmp_path)
+        assert found.closed["train"].computed == 24
