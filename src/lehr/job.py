@@ -275,7 +275,8 @@ def costs(job: Job, device: str = "auto") -> Iterator[StageCost]:
     """
     train = feed(job.data.train(job.transform, seed=job.recipe.seed), seed=job.recipe.seed)
     loss = cross_entropy(job.recipe.label_smoothing)
-    return forecast(job.plan, job.made.module, train, loss, arithmetic(device))
+    valid = len(job.data.listing.valid)
+    return forecast(job.plan, job.made.module, train, loss, arithmetic(device), samples_valid=valid)
 
 
 def _no_run(folder: Path) -> str:

@@ -26,6 +26,9 @@ _DONE = (
 )
 
 
+_TUNED: list[str] = []  # what this process has told
+
+
 @dataclass(frozen=True)
 class Tuning:
     """What came of it: whether the allocator `is_tuned` now, and a sentence that says so, or why not."""
@@ -58,7 +61,14 @@ def keep_blocks(device: str = "cpu", environ: Mapping[str, str] | None = None) -
         return Tuning(False, f"memory: the C allocator is left as it is: it has no mallopt ({error})")
     if not all(done):
         return Tuning(False, "memory: the C allocator is left as it is: it refused")
+    _TUNED.append("glibc")
     return Tuning(True, _DONE)
+
+
+def give_back() -> None:
+    """Give memory that lies free back to the system, where the allocator was told to keep it: after what was large and is gone."""
+    if _TUNED:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _why_not(device: str, environ: Mapping[str, str]) -> str:

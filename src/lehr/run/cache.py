@@ -69,12 +69,20 @@ class Column:
 
     def packed(self, batch: torch.Tensor) -> torch.Tensor:
         """Rows as they are stored."""
-        return batch.permute(0, *(d + 1 for d in self.order)).to(self.stored)
+        return self.laid_out(batch).to(self.stored)
 
     def unpacked(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows as they were handed in, in the same layout."""
+        return self.in_order(rows.to(self.dtype))
+
+    def laid_out(self, batch: torch.Tensor) -> torch.Tensor:
+        """Rows with their dimensions in the order in which they lie in memory."""
+        return batch.permute(0, *(d + 1 for d in self.order))
+
+    def in_order(self, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `laid_out`."""
         back = sorted(range(len(self.order)), key=lambda d: self.order[d])
-        return rows.to(self.dtype).permute(0, *(d + 1 for d in back))
+        return rows.permute(0, *(d + 1 for d in back))
 
 
 def row_bytes(columns: Sequence[Column]) -> int:
@@ -251,6 +259,8 @@ def merged(
     order = torch.empty(len(made), dtype=torch.long)
     order[made], order[~made] = torch.arange(int(made.sum())), torch.arange(int(made.sum()), len(made))
     return [
-        column.unpacked(torch.cat([column.packed(n), column.packed(o)]).index_select(0, order.to(n.device)))
+        column.in_order(
+            torch.cat([column.laid_out(n), column.laid_out(o)]).index_select(0, order.to(n.device))
+        )
         for column, n, o in zip(columns, new, old, strict=True)
     ]

@@ -17,6 +17,7 @@ from lehr.errors import RecipeError
 from lehr.events import CacheClosed, Note, PrefixCached
 from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan
+from lehr.run.allocator import give_back
 from lehr.run.cache import Store
 from lehr.run.facts import named, unwrap
 from lehr.run.freezing import is_frozen
@@ -35,14 +36,15 @@ _TURNS = "objectives take turns, and what is frozen changes with each"
 
 @dataclass(frozen=True)
 class Caching:
-    """What is the same for all stages of a run: the model, its arithmetic, where a file may lie, and where features are
-    kept for other runs (None: nowhere).
+    """What is the same for all stages of a run: the model, its arithmetic, where a file may lie, where features are kept for
+    other runs (None: nowhere), and how many samples validate.
     """
 
     model: nn.Module
     on: Arithmetic
     folder: Path | None = None
     cache_dir: Path | None = None
+    samples_valid: int = 0
 
 
 class StageCache:
@@ -59,7 +61,6 @@ class StageCache:
         tell: Tell, at: Callable[[], int],
     ) -> None:  # fmt: skip
         self._caching, self._plan, self._stage, self._tell, self._at = caching, plan, stage, tell, at
-        self._left = plan.caching.budget
         self._valid: Shortcut | None = None
         self.train: Shortcut | None = None
         why, is_news = why_not(plan, stage, feed) if loss else (_TURNS, False)
@@ -88,21 +89,27 @@ class StageCache:
                 self._tell(
                     CacheClosed(self._stage.index, self._at(), data, tally.computed, tally.read, tally.saved)
                 )
-            shortcut.close()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what is kept, without a word."""
+        for shortcut in (self.train, self._valid):
+            if shortcut:
+                shortcut.close()
+        give_back()
 
     def _terms(self, feed: Feed, data: str, *, is_average: bool = False) -> Terms:
         plan, stage, caching, tell = self._plan, self._stage, self._caching, self._tell
         views = 1 if data == _VALIDATION else stage.views
-        wanted = wanted_in(plan, stage, feed, self._left, views=views)
+        wanted = wanted_in(plan, stage, feed, caching.samples_valid, views=views)
         return Terms(
-            plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data),
+            data, plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data),
             said=lambda text: tell(Note(text)), again=partial(not_again, plan, stage, feed, "fresh" if data == _VALIDATION else views),
             folder=caching.folder, cache_dir=caching.cache_dir, is_average=is_average,
             is_fresh=data == _VALIDATION or views == "fresh",
         )  # fmt: skip
 
     def _found(self, data: str, way: Way, store: Store) -> None:
-        self._left -= store.bytes
         self._tell(
             PrefixCached(
                 self._stage.index, self._at(), data, way.cut.after, round(way.cut.share, 4), store.row_bytes,
@@ -122,11 +129,15 @@ class StageCache:
 
 
 def wanted_in(
-    plan: Plan, stage: PlannedStage, feed: Feed, budget: int, *, views: int | str = "fresh"
+    plan: Plan, stage: PlannedStage, feed: Feed, samples_valid: int, *, views: int | str = "fresh"
 ) -> Wanted:
-    """What a stage would keep of the samples of `feed`, within so many bytes."""
+    """What a stage would keep of the samples of `feed`. Training and validation share the budget by their samples, so that
+    neither depends on which of them comes first.
+    """
     fixed = views if isinstance(views, int) and type(feed.source) is not TensorDataset else 1
-    rows = len(feed.dataset) * fixed  # type: ignore[arg-type]  # `feed` has asked for it
+    samples = len(feed.dataset)  # type: ignore[arg-type]  # `feed` has asked for it
+    rows = samples * fixed
+    budget = plan.caching.budget * samples // max(plan.samples + samples_valid, samples)
     caching = plan.caching
     return Wanted(
         budget, rows, fixed, max(stage.epochs / fixed - 1, 0), caching.dtype, caching.exact,

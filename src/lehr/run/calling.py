@@ -68,6 +68,26 @@ class Calling:
         args, kwargs = rebuilt(self.arguments, [old if n is None else own[n] for old, n in both])
         return Call(args, kwargs)
 
+    def check_same(self, call: tuple[tuple[Any, ...], Mapping[str, Any]], batch: Any) -> None:
+        """Refuse another call than the one that was looked at: what is no tensor is a part of prefix and suffix by now.
+
+        Raises:
+            CannotSplit: where an argument is another, or something else than what stands in the batch.
+        """
+        given, known, own = leaves(call), leaves(self.arguments), leaves(batch)
+        none = [None] * len(known)
+        is_same = len(given) == len(known) and rebuilt(call, none) == rebuilt(self.arguments, none)
+        for number, (now, then, place) in enumerate(zip(given, known, self.taken, strict=False)):
+            if is_same and not (now is own[place] if place is not None else _are_equal(now, then)):
+                raise CannotSplit(
+                    f"the loss function calls the model with another argument {number + 1} ({_named(now)}) than at first; say "
+                    'cache = "off"'
+                )
+        if not is_same:
+            raise CannotSplit(
+                'the loss function calls the model with other arguments than at first; say cache = "off"'
+            )
+
     def without_inputs(self, kept: Sequence[torch.Tensor], like: torch.Tensor) -> Any:
         """The batch that the loss function gets: what is kept, and NaN where the inputs were, so that a function that
         reads them after all is noticed. It has the size and device of `like`.
@@ -146,6 +166,13 @@ def _unread(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> t
     ):  # has no NaN; whatever is computed with a meta tensor and a real one fails
         return torch.empty((size, *shape), dtype=dtype, device="meta")
     return torch.full((), math.nan, dtype=dtype, device=like.device).expand(size, *shape)
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    try:
+        return type(one) is type(other) and (one is other or bool(one == other))
+    except Exception:  # arrays and the like do not compare to one truth value
+        return False
 
 
 def _named(leaf: Any) -> str:

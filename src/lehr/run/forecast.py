@@ -23,69 +23,83 @@ from lehr.run.optimizer import apply, optimizer
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed, view_of
 from lehr.run.update import Loss, Update, placed
-from lehr.run.ways import Way, check_worth, find_way, through_suffix
+from lehr.run.ways import Wanted, Way, check_worth, find_way, through_suffix
 
 _STEPS = 3
 _ENOUGH = 2.0
 """Seconds after which one timed step must do."""
 
 
-def forecast(plan: Plan, model: nn.Module, feed: Feed, loss: Loss, on: Arithmetic) -> Iterator[StageCost]:
+def forecast(
+    plan: Plan, model: nn.Module, feed: Feed, loss: Loss, on: Arithmetic, *, samples_valid: int = 0
+) -> Iterator[StageCost]:
     """The cost of each ordinary stage of `plan`, one after the other; of one with objectives nothing is known."""
     model.to(on.device)
     for stage in plan.stages:
         if stage.is_plain and not any(turn.objective for turn in stage.turns):
-            yield _cost(plan, stage, model, feed, loss, on)
+            wanted = wanted_in(plan, stage, feed, samples_valid, views=stage.views)
+            yield _cost(plan, stage, model, feed, loss, on=on, wanted=wanted)
 
 
 def _cost(
-    plan: Plan, stage: PlannedStage, model: nn.Module, feed: Feed, loss: Loss, on: Arithmetic
+    plan: Plan,
+    stage: PlannedStage,
+    model: nn.Module,
+    feed: Feed,
+    loss: Loss,
+    *,
+    on: Arithmetic,
+    wanted: Wanted,
 ) -> StageCost:
     step, made = plan[stage.start], optimizer(plan, model)
     apply(step, model, made)
     model.train()
     batch, load = _timed_batch(feed, stage)
-    here = placed(batch, on.device)
+    here, times = placed(batch, on.device), stage.accumulate
     update = Update(model, made, loss, plan=plan, on=on)
     size = len(leaves(batch)[0])
     memory = _memory(model, lambda: loss(model, here), on)
-    plain = _seconds(lambda: update([(here, size)], stage.start), on)
-    way, why = _way(plan, stage, model, feed, loss, here, on)
+    plain = load * times + _seconds(lambda: update([(here, size)] * times, stage.start), on)
+    way, why = _way(plan, stage, model, feed, loss, batch=here, on=on, wanted=wanted)
     if way is None:
-        total = stage.steps * (plain + load * stage.accumulate)
+        total = stage.steps * plain
         return StageCost(stage.index, "", why, 0.0, 0, 0, 0, "nowhere", load, plain, plain, total, memory)
-    halfway = way.halfway(way.kept(here))
+    halfway = way.halfway(way.kept(here), torch.arange(size))
     update.loss = through_suffix(way, loss)
-    reads = _seconds(lambda: update([(halfway, size)], stage.start), on)
-    first = reads + _seconds(lambda: way.kept(here), on)
-    wanted = wanted_in(plan, stage, feed, plan.caching.budget, views=stage.views)
-    known = way.rows / max(wanted.rows, 1)
-    epochs, views = stage.epochs, max(1, wanted.rows // max(feed.samples, 1))
-    rows_read = max(epochs - views, 0) / epochs * known
-    slow, quick = first + load * stage.accumulate, reads
-    total = stage.steps * ((1 - rows_read) * slow + rows_read * quick)
+    later = _seconds(lambda: update([(halfway, size)] * times, stage.start), on)
+    first = later + times * (load + _seconds(lambda: way.kept(here), on))
+    read = max(stage.epochs - wanted.views, 0) / stage.epochs * way.rows / max(wanted.rows, 1)
+    total = stage.steps * ((1 - read) * first + read * later)
     size_of_row = row_bytes(way.columns)
     return StageCost(
         stage.index, way.cut.after, "", way.cut.share, size_of_row, way.rows, wanted.rows,
-        place_for(way.rows * size_of_row, on.device), load, slow, quick, total, memory,
+        place_for(way.rows * size_of_row, on.device), load, first, later, total, memory,
     )  # fmt: skip
 
 
 def _way(
-    plan: Plan, stage: PlannedStage, model: nn.Module, feed: Feed, loss: Loss, batch: Any, on: Arithmetic
+    plan: Plan,
+    stage: PlannedStage,
+    model: nn.Module,
+    feed: Feed,
+    loss: Loss,
+    *,
+    batch: Any,
+    on: Arithmetic,
+    wanted: Wanted,
 ) -> tuple[Way | None, str]:
-    why, _ = why_not(plan, stage, feed)
-    if why:
-        return None, why
+    why = why_not(plan, stage, feed)[0]
     try:
-        wanted = wanted_in(plan, stage, feed, plan.caching.budget, views=stage.views)
-        check_worth(model, batch, wanted)
-        why, _ = not_again(plan, stage, feed, stage.views)
+        if not why:
+            check_worth(model, batch, wanted)
+            why = not_again(plan, stage, feed, stage.views)[0]
         if why:
             return None, why
         return find_way(model, loss, batch, trained=plan.trainable(stage), wanted=wanted, on=on), ""
     except CannotSplit as reason:
         return None, str(reason)
+    except Exception as error:  # as in a run, which goes the long way then
+        return None, f"looking for the frozen part failed ({type(error).__name__})"
 
 
 def _timed_batch(feed: Feed, stage: PlannedStage) -> tuple[Any, float]:

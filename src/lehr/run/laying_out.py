@@ -12,7 +12,7 @@ from torch import nn
 from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan
 from lehr.run.freezing import set_trainable
-from lehr.run.layout import Layout, by_rule, measured
+from lehr.run.layout import Layout, by_rule, may_be_measured, measured
 from lehr.run.losses import Losses
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed, view_of
@@ -28,13 +28,18 @@ def layout_of(plan: Plan, model: nn.Module, feed: Feed, losses: Sequence[Losses]
     loss = losses[stage.index].get("")
     if loss is None or feed.loader is not None:
         return by_rule(model, on)
+    steps = stage.steps * stage.accumulate
+    if not may_be_measured(model, on, steps):  # then no batch is asked for
+        return by_rule(model, on)
     set_trainable(model, plan.trainable(stage))
     model.train()
-    batch = next(
-        iter(feed.batches_of(feed.indices(stage, stage.first_epoch)[:1], view_of(stage, stage.first_epoch)))
-    )
+    view = view_of(stage, stage.first_epoch)
+    try:
+        batch = feed.made_here(feed.indices(stage, stage.first_epoch)[0], view)
+    except Exception:  # the run itself will say it, with the step
+        return by_rule(model, on)
     keep = (loss,) if isinstance(loss, nn.Module) else ()
-    return measured(model, batch, loss, on, steps=stage.steps * stage.accumulate, keep=keep)
+    return measured(model, batch, loss, on, steps=steps, keep=keep)
 
 
 def _trained(plan: Plan, stage: PlannedStage) -> int:

@@ -74,8 +74,23 @@ def by_rule(model: nn.Module, on: Arithmetic) -> Layout:
     if asked not in ("", "rule"):
         given = named_layout(asked).name
         return Layout(given, f"convolution weights are laid out {_words(given)}: {TURNED_OFF_BY}={asked}")
+    if _came_channels_last(model):
+        return Layout("channels_last", "convolution weights are laid out channels-last, as they came")
     name: Name = "channels_last" if channels_last_pays(model, on) else "contiguous"
     return Layout(name, f"convolution weights are laid out {_words(name)}, by what the network is made of")
+
+
+def may_be_measured(model: nn.Module, on: Arithmetic, steps: int) -> bool:
+    """Whether there is something to gain from another layout, as far as can be told without a batch: time enough, enough
+    convolutions, and nobody who has decided.
+    """
+    return (
+        not os.environ.get(TURNED_OFF_BY, "")
+        and steps >= _FEWEST_STEPS
+        and on.device.type in ("cpu", "cuda")
+        and sum(w.numel() for w in _weights(model)) >= _LEAST
+        and not _came_channels_last(model)
+    )
 
 
 def measured(
@@ -105,8 +120,7 @@ def measured(
         RequestError: for an unknown word in the environment's `LEHR_LAYOUT`.
     """
     rule = by_rule(model, on)
-    asked = os.environ.get(TURNED_OFF_BY, "")
-    if asked or steps < _FEWEST_STEPS or not _has_images(model, batch, on):
+    if not may_be_measured(model, on, steps) or not any(tensor.ndim == 4 for tensor in leaves(batch)):
         return rule
     try:
         times = _timed(model, placed(batch, on.device), loss, on, tuple(keep))
@@ -168,11 +182,10 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _has_images(model: nn.Module, batch: Any, on: Arithmetic) -> bool:
-    """Whether there is something to gain from another layout: images, and enough convolutions over them."""
-    if on.device.type not in ("cpu", "cuda") or sum(w.numel() for w in _weights(model)) < _LEAST:
-        return False
-    return any(tensor.ndim == 4 for tensor in leaves(batch))
+def _came_channels_last(model: nn.Module) -> bool:
+    """Whether a person has laid the weights out so already; one of 1 x 1 lies in both ways."""
+    told = [w for w in _weights(model) if not w.is_contiguous()]
+    return bool(told) and all(w.is_contiguous(memory_format=torch.channels_last) for w in told)
 
 
 def _timed(

@@ -171,7 +171,10 @@ def fit(
         updates={name: Update(model, one, plan=plan, on=on, objective=name) for name, one in optimizers.items()},
         average=Ema(model, plan.ema) if plan.ema else None, best=Best(monitor, metrics, most=cadence.keep_best),
         sign=lambda metric: 1.0 if higher_is_better(metric, metrics) else -1.0,
-        caching=Caching(model, on, Path(out) if out else None, Path(cache_dir) if cache_dir else None),
+        caching=Caching(
+            model, on, Path(out) if out else None, Path(cache_dir) if cache_dir else None,
+            validation.samples if validation else 0,
+        ),
     )  # fmt: skip
     judge = None if validation is None else partial(_judged, run, loss, validation, metrics)
     with nullcontext() if out is None else opened(out, resume=bool(resume)) as folder:
@@ -198,9 +201,20 @@ def fit(
             told = resumed.notes if resumed else (*notes, *plan.notes)
             here = (slow_arithmetic(on), *said(layout), tuning.said if tuning.is_tuned else "")
             first += [Note(note) for note in (*told, *filter(None, here))]
-            _recorded(
-                run, judge, folder, observers, recipe=recipe, cadence=cadence, resumed=resumed, first=first
-            )
+            try:
+                _recorded(
+                    run,
+                    judge,
+                    folder,
+                    observers,
+                    recipe=recipe,
+                    cadence=cadence,
+                    resumed=resumed,
+                    first=first,
+                )
+            finally:
+                if run.cache:  # also after an error, whose traceback holds on to the run
+                    run.cache.close()
     return Result(model, tuple(run.history), run.best.row(run.history), Path(out) if out else None, run.plan)
 
 

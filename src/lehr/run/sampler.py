@@ -214,9 +214,14 @@ class Feed:
         """The indices that the batches of the next epoch of a person's own loader would have, without one being loaded."""
         return self._tap.only_indices()
 
-    def collated(self, indices: torch.Tensor) -> Any:
-        """The batch of these samples of a person's own loader, made by this process."""
-        return self._tap.collated(indices)
+    def made_here(self, indices: torch.Tensor, view: int = 0, watch: Watch | None = None) -> Any:
+        """The batch of these samples, made by this process; in that view, unless they are of a person's own loader."""
+        if self.loader is not None:
+            return self._tap.collated(indices, watch)
+        if type(self.source) is TensorDataset:
+            return next(_gathered(self.source, [indices], pin=self.pin))
+        dataset = pure(self.dataset, self.seed)
+        return default_collate([dataset.sample(index, view) for index in indices.tolist()])
 
     @cached_property
     def _tap(self) -> Tap:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +27,14 @@ from lehr.run.batches import leaves
 from lehr.run.cache import Store, merged, place_for, row_bytes
 from lehr.run.cuts import CannotSplit
 from lehr.run.kept import Kept, digests_of, key_of
+from lehr.run.known import Known
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed, Window, view_of
-from lehr.run.untouched import same_bits
 from lehr.run.update import Loss, Returned, placed
-from lehr.run.ways import TooLittle, Wanted, Way, check_worth, find_way, through_suffix
+from lehr.run.ways import Halfway, TooLittle, Wanted, Way, check_worth, find_way, through_suffix
 
 _LONG = 5.0
-"""Seconds of an epoch from which on a cache is judged by them; below, what it costs or saves does not matter."""
+"""Seconds of reading in an epoch from which on a cache is judged by the clock; below, it does not matter."""
 
 
 class Drawn(NamedTuple):
@@ -66,12 +67,13 @@ class Terms:
     """What a shortcut works for: what trains, what is wanted, on which arithmetic; where a file may lie, and where features
     are kept for other runs.
 
-    `found` is told of the way that was found, `lost` why there is none, `said` what else a person should know. `again`
-    looks whether samples are the same again: why not, and whether that is news. Of an
-    average (`is_average`) the weights are written at every step, also where they stay the same. Where `is_fresh`, samples
+    `data` is which half of the data it is for. `found` is told of the way that was found, `lost` why there is none, `said`
+    what else a person should know. `again` looks whether samples are the same again: why not, and whether that is news. Of
+    an average (`is_average`) the weights are written at every step, also where they stay the same. Where `is_fresh`, samples
     that draw random numbers are others each time.
     """
 
+    data: str
     trained: frozenset[str]
     wanted: Wanted
     on: Arithmetic
@@ -101,31 +103,41 @@ class Shortcut:
         self._kept: Kept | None = None
         self._is_off = self._has_overflown = False
         self._ends, self._view = "", 0
+        self._never = torch.zeros(0, dtype=torch.bool)  # slots whose rows cannot be stored
+        self._at_start: Tally | None = None  # of the epoch that was last
         self._known: list[Known] = []
 
     way: Way | None
 
     def loss(self, model: nn.Module, batch: Any) -> Returned:
-        """The person's loss function, on a batch of samples or on one that is halfway through."""
-        return (through_suffix(self.way, self._loss) if self.way else self._loss)(model, batch)
+        """The person's loss function, on a batch of samples or on one that is halfway through; where it calls the model
+        otherwise than at first, it is called again, with the samples.
+        """
+        if not isinstance(batch, Halfway):
+            return self._loss(model, batch)
+        assert self.way is not None
+        try:
+            return through_suffix(self.way, self._loss)(model, batch)
+        except CannotSplit as why:
+            self._ends = str(why)
+        return self._loss(model, placed(self._samples_in(batch.slots), self._terms.on.device))
 
     def windows(
         self, stage: PlannedStage, epoch: int, done: int, rewound: AbstractContextManager[object]
     ) -> Iterator[Window]:
         """What `Feed.windows` gives, halfway through the model where there is a short way."""
+        self._judge()
         self._check_unchanged()
+        if not self._is_off:
+            self._catch_up(stage, epoch, done)
+            self._check_unchanged()  # what is seen now was seen before by a run that was not stopped
         if self._is_off:
             yield from self.feed.windows(stage, epoch, done, rewound)
             return
-        for window in self._before(stage, epoch, done):
-            for drawn, _ in window:
-                self._through(drawn)
-        before, began = self.tally.computed, time.monotonic()
+        self._at_start = replace(self.tally)
         draw = partial(self._drawn, stage, epoch)
         for window in self.feed.windows(stage, epoch, done, rewound, draw=draw):
             yield [(self._through(drawn), size) for drawn, size in window]
-        if self.tally.computed == before and time.monotonic() - began > _LONG:
-            self._judge()
 
     def sequential(self, batch_size: int) -> Iterator[Any]:
         """What `Feed.sequential` gives, halfway through the model where there is a short way."""
@@ -142,9 +154,9 @@ class Shortcut:
             self._kept.close()
         self._store, self._kept, self._is_off = None, None, True
 
-    def _before(self, stage: PlannedStage, epoch: int, done: int) -> Iterator[Window]:
-        """What an interrupted run had computed before this place, in the batches in which it was computed; so a sample's
-        features are the same bits. Where a person's own loader has drawn them this cannot be known.
+    def _catch_up(self, stage: PlannedStage, epoch: int, done: int) -> None:
+        """Compute what an interrupted run had computed before this place, in the batches in which it was computed; so a
+        sample's features are the same bits. Where a person's own loader has drawn them this cannot be known.
         """
         if self.feed.loader is not None:
             return
@@ -153,7 +165,11 @@ class Shortcut:
         until = done if first == epoch else -(-len(self.feed.indices(stage, first)) // stage.accumulate)
         if not any(self._lacks(slots) for slots in self._slots(stage, first)[: until * stage.accumulate]):
             return
-        yield from islice(self.feed.windows(stage, first, 0, draw=draw), until)
+        if self.way:
+            self._terms.said(f"what epoch {first + 1} had computed of the frozen part is computed once more")
+        for window in islice(self.feed.windows(stage, first, 0, draw=draw), until):
+            for drawn, _ in window:
+                self._through(drawn)
 
     def _drawn(self, stage: PlannedStage, epoch: int, skipped: int = 0) -> Iterator[Drawn]:
         if self.feed.loader is not None:
@@ -169,7 +185,10 @@ class Shortcut:
 
     def _lacks(self, slots: torch.Tensor) -> bool:
         """Whether rows are missing for which there would be room."""
-        return self._store is None or bool(self._missing(slots[slots < self._store.slots]).any())
+        if self._store is None:
+            return True
+        inside = slots[slots < self._store.slots]
+        return bool((self._missing(inside) & ~self._never[inside]).any())
 
     def _in_order(self, batches: Sequence[torch.Tensor]) -> Iterator[Drawn]:
         return self._theirs() if self.feed.loader is not None else self._own(batches, batches, 0)
@@ -192,7 +211,8 @@ class Shortcut:
         if self._store is not None and 2 * int(self._store.filled.sum()) >= self.samples:
             for indices in self.feed.only_indices():
                 missing = self._missing(indices)
-                yield Drawn(indices, missing, self.feed.collated(indices[missing]) if missing.any() else None)
+                few = self.feed.made_here(indices[missing], watch=self._watch) if missing.any() else None
+                yield Drawn(indices, missing, few)
         else:
             for indices, batch in self.feed.tapped(self._watch):
                 yield Drawn(indices, torch.full((len(indices),), bool(self._missing(indices).any())), batch)
@@ -210,13 +230,13 @@ class Shortcut:
 
     def _through(self, drawn: Drawn) -> Any:
         """The batch, as far through the model as it goes without what trains."""
-        began = time.monotonic()
         if self.way is None and not self._is_off:
             self._find(drawn.batch)
+        began = time.monotonic()
         if self.way is None or self._store is None:
             return drawn.batch
         if not drawn.missing.any():
-            halfway = self.way.halfway(self._store.get(drawn.slots))
+            halfway = self.way.halfway(self._store.get(drawn.slots), drawn.slots)
             self.tally.read += len(drawn.slots)
             self.tally.reading += time.monotonic() - began
             return halfway
@@ -227,7 +247,7 @@ class Shortcut:
         digests = digests_of(leaves(drawn.batch)) if self._kept else None
         if self._kept and digests is not None and self._kept.take(slots, digests):
             self.tally.read += len(slots)
-            return way.halfway(store.get(drawn.slots))
+            return way.halfway(store.get(drawn.slots), drawn.slots)
         try:
             with self._terms.on.autocast():
                 kept = way.kept(placed(drawn.batch, self._terms.on.device))
@@ -237,34 +257,43 @@ class Shortcut:
             self._ends = (
                 str(why) if isinstance(why, CannotSplit) else f"the frozen part failed ({type(why).__name__})"
             )
-            return self._whole(drawn)
-        rounded = [c.rounded(t) for c, t in zip(way.columns, kept, strict=True)]
-        if (
-            not way.narrow or _finite(rounded) or not _finite(kept)
-        ):  # what was not finite before is the loss's to find
-            store.put(slots, rounded)
-            if self._kept and digests is not None:
-                self._kept.keep(slots, digests)
-        else:
-            rounded = kept
-            self._overflown()
+            return drawn.batch if drawn.missing.all() else self._samples_in(drawn.slots)
+        rounded = self._put(way, store, slots, kept)
+        if self._kept and digests is not None:
+            self._kept.keep(slots[store.has(slots)], digests[store.has(slots)])
         if not drawn.missing.all():
             rounded = merged(way.columns, drawn.missing, rounded, store.get(drawn.slots[~drawn.missing]))
         self.tally.computed += len(slots)
         self.tally.read += len(drawn.slots) - len(slots)
         self.tally.computing += time.monotonic() - began
-        return way.halfway(rounded)
+        return way.halfway(rounded, drawn.slots)
 
-    def _whole(self, drawn: Drawn) -> Any:
-        """The batch of samples itself; where only a part of it was loaded, all of it is."""
-        if drawn.missing.all():
-            return drawn.batch
-        indices = drawn.slots // self._terms.views
-        if self.feed.loader is not None:
-            return self.feed.collated(indices)
-        return next(iter(self.feed.batches_of([indices], self._view)))
+    def _put(
+        self, way: Way, store: Store, slots: torch.Tensor, kept: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Store the rows; as they will come back. Those that a narrow type cannot hold are left as they are, and out."""
+        if not way.narrow:
+            store.put(slots, kept)
+            return kept
+        rounded = [c.rounded(t) for c, t in zip(way.columns, kept, strict=True)]
+        # What was not finite before is the loss's to find.
+        fits = torch.stack(
+            [_rows(r.isfinite() | ~t.isfinite()) for r, t in zip(rounded, kept, strict=True)]
+        ).all(0)
+        store.put(slots[fits.cpu()], [t[fits] for t in rounded])
+        if fits.all():
+            return rounded
+        self._overflown(slots[~fits.cpu()])
+        return [
+            torch.where(fits.view(-1, *[1] * (t.ndim - 1)), r, t) for r, t in zip(rounded, kept, strict=True)
+        ]
 
-    def _overflown(self) -> None:
+    def _samples_in(self, slots: torch.Tensor) -> Any:
+        """The batch of the samples in these slots, loaded by this process."""
+        return self.feed.made_here(slots.cpu() // self._terms.views, self._view)
+
+    def _overflown(self, slots: torch.Tensor) -> None:
+        self._never[slots[slots < len(self._never)]] = True
         if not self._has_overflown:
             self._has_overflown = True
             self._terms.said(
@@ -291,7 +320,8 @@ class Shortcut:
             self._lose(f"looking for the frozen part failed ({type(why).__name__})")
             return
         self.way, self._store = way, store
-        self._known = [Known(t, self._terms.is_average) for t in way.halves.reads]
+        self._known = [Known(t, by_values=terms.is_average) for t in way.halves.reads]
+        self._never = torch.zeros(store.slots, dtype=torch.bool)
         terms.found(way, store)
 
     def _stored(self, way: Way) -> Store:
@@ -301,7 +331,7 @@ class Shortcut:
         if terms.cache_dir and device.type == "cpu" and rows:
             try:
                 self._kept = Kept(
-                    terms.cache_dir, key_of(settings_of(way), way.halves.reads), way.columns, rows
+                    terms.cache_dir, key_of(settings_of(way, terms), way.halves.reads), way.columns, rows
                 )
             except (RequestError, OSError) as error:
                 terms.said(f"features are kept for this run alone: {error}")
@@ -326,12 +356,17 @@ class Shortcut:
             )
 
     def _judge(self) -> None:
-        """After a whole epoch that was read: whether reading is faster than computing."""
-        tally = self.tally
-        read, computed = tally.reading / max(tally.read, 1), tally.computing / max(tally.computed, 1)
-        if tally.read and tally.computed and read > computed:
+        """After a whole epoch that was read: whether reading is faster than computing. What is required is not judged."""
+        was, tally = self._at_start, self.tally
+        if was is None or self._is_off or self._terms.wanted.required or not was.computed:
+            return
+        seconds, read = tally.reading - was.reading, tally.read - was.read
+        if tally.computed > was.computed or seconds <= _LONG:
+            return
+        reading, computing = seconds / read, was.computing / was.computed
+        if reading > computing:
             self._lose(
-                f"reading a sample takes {1e3 * read:.3g} ms and computing it {1e3 * computed:.3g} ms, so the cache does "
+                f"reading a sample takes {1e3 * reading:.3g} ms and computing it {1e3 * computing:.3g} ms, so the cache does "
                 "not pay and is off from here on"
             )
 
@@ -342,32 +377,15 @@ class Shortcut:
             self._terms.lost(why)
 
 
-def settings_of(way: Way) -> dict[str, object]:
+def settings_of(way: Way, terms: Terms) -> dict[str, object]:
     """What decides the rows besides the samples and the weights, in a form that can be hashed."""
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm")}
     return {
-        "lehr": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(), "route": way.route,
-        "folded": way.folded, "after": way.cut.after, "code": way.halves.code, "columns": way.columns,
-        "calling": (way.calling.taken, way.calling.kept),
+        "lehr": __version__, "versions": versions, "threads": torch.get_num_threads(), "precision": terms.on.precision,
+        "data": terms.data, "route": way.route, "folded": way.folded, "after": way.cut.after, "code": way.halves.code,
+        "columns": way.columns, "calling": (way.calling.taken, way.calling.kept),
+        "arguments": [str(leaf) for leaf in leaves(way.calling.arguments) if not isinstance(leaf, torch.Tensor)],
     }  # fmt: skip
-
-
-class Known:
-    """A weight or buffer as it was when features were computed with it.
-
-    A weight is known by its version; one of an average, which is written at every step, has to be at rest before. A
-    buffer is known by its values: batch-norm moves its statistics without a trace in their version.
-    """
-
-    def __init__(self, tensor: torch.Tensor, is_average: bool) -> None:
-        self._tensor, self._version = tensor, tensor._version
-        self._copy = None if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
-        self._is_average = is_average
-
-    def is_as_it_was(self) -> bool:
-        """Whether nothing was written to it since."""
-        if self._copy is not None:
-            return same_bits(self._tensor, self._copy)
-        return self._is_average or self._tensor._version == self._version
 
 
 def first_with_view(stage: PlannedStage, epoch: int, *, fixed: bool) -> int:
@@ -378,5 +396,6 @@ def first_with_view(stage: PlannedStage, epoch: int, *, fixed: bool) -> int:
     return next(e for e in range(stage.first_epoch, epoch + 1) if view_of(stage, e) == view)
 
 
-def _finite(tensors: Sequence[torch.Tensor]) -> bool:
-    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+def _rows(found: torch.Tensor) -> torch.Tensor:
+    """Of a truth for each element, whether all of a row are true."""
+    return found.flatten(1).all(1) if found.ndim > 1 else found

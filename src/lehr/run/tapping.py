@@ -24,6 +24,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
     default_collate,
+    get_worker_info,
 )
 
 from lehr.data.drawing import Collating, Watched, can_draw, who_draws
@@ -52,6 +53,7 @@ class Tap:
 
     def plain(self) -> Iterator[Any]:
         """The batches of the next epoch."""
+        self._beside = None  # its workers need not wait for a turn that will not come
         return self._begun(self._loader) if self._has_begun else iter(self._loader)
 
     def tapped(self, watch: Watch | None = None) -> Iterator[tuple[torch.Tensor, Any]]:
@@ -83,11 +85,13 @@ class Tap:
         ahead = deque(islice(batches, (loader.prefetch_factor or 0) * loader.num_workers))
         return self._looked_ahead(ahead, batches) if loader.num_workers else map(_as_indices, batches)
 
-    def collated(self, indices: torch.Tensor) -> Any:
-        """The batch of these samples, made by this process."""
-        wanted, dataset = indices.tolist(), self._loader.dataset
-        many = getattr(dataset, "__getitems__", None)
-        return self._loader.collate_fn(many(wanted) if many else [dataset[index] for index in wanted])
+    def collated(self, indices: torch.Tensor, watch: Watch | None = None) -> Any:
+        """The batch of these samples, made by this process, whose random states stay; `watch` as in `tapped`."""
+        with preserved():
+            samples = Watched(self._loader.dataset).__getitems__(indices.tolist())
+            return unmarked(
+                self._loader.dataset, watch or _unheard, Collating(self._loader.collate_fn)(samples)
+            )
 
     def _looked_ahead(self, ahead: deque[Any], batches: Iterator[Any]) -> Iterator[torch.Tensor]:
         """Workers are handed indices some batches before theirs are taken, and another whenever one is."""
@@ -124,9 +128,30 @@ class Tap:
         return DataLoader(
             dataset, batch_sampler=self._recorder, num_workers=loader.num_workers,
             collate_fn=Collating(loader.collate_fn) if watched else loader.collate_fn,
-            pin_memory=loader.pin_memory, timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,
+            pin_memory=loader.pin_memory, timeout=loader.timeout,
+            worker_init_fn=Beginning(loader.worker_init_fn) if watched and loader.worker_init_fn else loader.worker_init_fn,
             generator=loader.generator, **more,
         )  # fmt: skip
+
+
+class Beginning:
+    """A person's `worker_init_fn`, which finds the data set that it knows in `get_worker_info()`; it can be sent to another
+    process where that can.
+    """
+
+    def __init__(self, begin: Callable[[int], object]) -> None:
+        self._begin = begin
+
+    def __call__(self, number: int) -> None:
+        """Begin worker `number`."""
+        info = get_worker_info()
+        if info is not None and isinstance(info.dataset, Watched):
+            object.__setattr__(info, "dataset", info.dataset.dataset)  # it lets nobody set it
+        self._begin(number)
+
+
+def _unheard(_: str) -> None:
+    """Nobody wants to know."""
 
 
 def untappable(loader: DataLoader[Any]) -> str:

@@ -108,7 +108,8 @@ class Training:
     def lay_out(self, layout: Layout) -> None:
         """Have convolution weights laid out so from here on."""
         self.layout = layout.name
-        apply_layout(self.model, layout)
+        for model in (self.model, *([self.average.model] if self.average else [])):
+            apply_layout(model, layout)
 
     def enter(self, index: int) -> PlannedStage:
         """Be in the stage: at its start, unless the run was resumed within it."""

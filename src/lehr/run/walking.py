@@ -188,7 +188,7 @@ class _Compared:
             return Affine(slope, a - slope * SMALL) if not rest else Unclear()
         try:
             return a if bool(a == b) else self._unclear()
-        except Exception:
+        except Exception:  # values that do not compare are not known to be the same
             return self._unclear()
 
     def _sequence(self, a: Any, b: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lehr.free_room import size_text
 from lehr.run.batches import leaves
 from lehr.run.cache import Column
 from lehr.run.calling import Calling, StandIn, calling
@@ -25,6 +26,7 @@ from lehr.run.nearness import near, tolerance
 from lehr.run.precision import Arithmetic
 from lehr.run.prefix import Halves, analyse
 from lehr.run.proof import Judged, prove
+from lehr.run.randomness import Randomness
 from lehr.run.unmoved import unmoved
 from lehr.run.untouched import in_eval, state_kept
 from lehr.run.update import Loss, Returned, scalar_loss
@@ -40,10 +42,13 @@ NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
 
 class Halfway(NamedTuple):
-    """A batch behind the cut: what crosses it, and the batch that the loss function gets, without the inputs."""
+    """A batch behind the cut: what crosses it, the batch that the loss function gets, without the inputs, and the slots of
+    its samples.
+    """
 
     features: tuple[torch.Tensor, ...]
     batch: Any
+    slots: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,10 @@ class Way:
             )
         return [*self.halves.prefix(*call.args, **call.kwargs), *(own[n] for n in self.calling.kept)]
 
-    def halfway(self, kept: list[torch.Tensor]) -> Halfway:
-        """The batch of which that was kept."""
+    def halfway(self, kept: list[torch.Tensor], slots: torch.Tensor) -> Halfway:
+        """The batch of which that was kept, of the samples in these slots."""
         count = len(kept) - len(self.calling.kept)
-        return Halfway(tuple(kept[:count]), self.calling.without_inputs(kept[count:], kept[0]))
+        return Halfway(tuple(kept[:count]), self.calling.without_inputs(kept[count:], kept[0]), slots)
 
 
 def find_way(
@@ -153,14 +158,20 @@ def find_way(
 
 
 def through_suffix(way: Way, loss: Loss) -> Loss:
-    """`loss` for batches of samples and for those that are halfway through the model, which run the suffix alone."""
+    """`loss` for batches of samples and for those that are halfway through the model, which run the suffix alone. It raises
+    `CannotSplit` where the model is called otherwise than on the batch that was looked at first.
+    """
 
     def shortened(model: nn.Module, batch: Any) -> Returned:
         if not isinstance(batch, Halfway):
             return loss(model, batch)
         features = tuple(batch.features)
-        once = _once(lambda *_, **__: way.halves.suffix(features))
-        return loss(StandIn(model, once), batch.batch)  # type: ignore[arg-type]
+
+        def suffix(*args: Any, **kwargs: Any) -> Any:
+            way.calling.check_same((args, kwargs), batch.batch)
+            return way.halves.suffix(features)
+
+        return loss(StandIn(model, _once(suffix)), batch.batch)  # type: ignore[arg-type]
 
     return shortened
 
@@ -203,7 +214,12 @@ def _chosen(cuts: tuple[Cut, ...], wanted: Wanted, beside: int) -> tuple[Cut, to
     cut = choose(cuts, dtype=narrow)
     if cut is None:
         raise CannotSplit("nothing of the model lies before what trains, so there is nothing to cache")
-    return cut, narrow, min(wanted.rows, wanted.budget // (cut.bytes_in(narrow) + beside))
+    size = cut.bytes_in(narrow) + beside
+    if size > wanted.budget:
+        raise CannotSplit(
+            f"a sample would take {size_text(size)}, and {size_text(wanted.budget)} of cache_budget are left for it"
+        )
+    return cut, narrow, min(wanted.rows, wanted.budget // size)
 
 
 def _judged(model: nn.Module, loss: Loss, seen: Calling, sample: Any) -> Callable[[Any], torch.Tensor]:
@@ -225,10 +241,11 @@ def _prove_whole(model: nn.Module, halves: Halves, seen: Calling, batch: Any, lo
         return
     call = seen.call(batch)
     judged = _judged(model, loss, seen, batch)
-    state = torch.get_rng_state()
+    randomness = Randomness(leaves(batch)[0].device)
+    state = randomness.take()
     with torch.no_grad(), in_eval(unwrap(model), frozenset(halves.stilled)):
         whole = judged(model)
-        torch.set_rng_state(state)
+        randomness.put(state)
         features = halves.prefix(*call.args, **call.kwargs)
         ours = judged(lambda *_, **__: halves.suffix(features))
     if not near(whole, ours, tolerance(whole.device)) and not abs(float(whole - ours)) <= _TINY:
