@@ -121,10 +121,11 @@ def _moves(model: Network) -> Callable[..., Any]:
 
 
 WRONG_PREFIXES = {
-    "when its batch is in another order": lambda m: (
+    "when its batch is of another size or order": lambda m: (
         lambda x: ([m.body(x) + torch.arange(len(x))[:, None]], ())
     ),
-    "when its batch is alone": lambda m: lambda x: ([m.body(x) * len(x)], ()),
+    "when its batch is of another size": lambda m: lambda x: ([m.body(x) * len(x)], ()),
+    "when its batch is alone": lambda m: lambda x: ([m.body(x) * (1 + (len(x) == 1))], ()),
     "draws random numbers": lambda m: lambda x: ([m.body(x) + 0 * torch.rand(1)], ()),
     "changes the model's own state": _moves,
     "not a row for each sample": lambda m: lambda x: ([m.body(x)[:-1]], ()),

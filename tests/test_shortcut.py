@@ -16,6 +16,7 @@ import lehr
 from lehr.errors import RecipeError
 from lehr.events import PrefixCached
 from lehr.run import cache
+from lehr.run.shortcut import Shortcut
 from lehr.run.ways import Way
 from short_runs import Net, Own, close, images, loader, net, ran, recipe, same
 
@@ -315,15 +316,15 @@ def test_features_are_computed_in_the_batches_of_the_first_epoch(
     since on some machines what lies beside it decides its last bit.
     """
     beside: dict[bytes, set[tuple[bytes, ...]]] = {}
-    kept = Way.kept
+    kept_of = Shortcut._kept_of
 
-    def recorded(self: Way, batch: Any) -> list[torch.Tensor]:
+    def recorded(self: Shortcut, batch: Any, way: Way) -> list[torch.Tensor]:
         together = tuple(image.numpy().tobytes() for image in batch[0])
         for image in together:
             beside.setdefault(image, set()).add(together)
-        return kept(self, batch)
+        return kept_of(self, batch, way)
 
-    monkeypatch.setattr(Way, "kept", recorded)
+    monkeypatch.setattr(Shortcut, "_kept_of", recorded)
     said = recipe(length="7 epochs", views=2)
     data = {"train": Own(lambda image, _: image + torch.randn(())), "valid": None}
     ran(said, out=tmp_path / "whole", **data)

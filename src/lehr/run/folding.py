@@ -15,8 +15,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lehr.run.halving import Prefix
 
-_LARGE = 100_000
-"""Weights in convolutions below which neither is worth a copy."""
+_LARGE, _SHARE = 100_000, 0.1
+"""Weights in convolutions, and their share of the prefix's, below which neither is worth a copy: a transformer's patches, or
+ConvNeXt's few convolutions by channel (which channels last makes slower; see docs/speed.md).
+"""
 
 
 def folded(first: Prefix) -> Prefix | None:
@@ -25,8 +27,10 @@ def folded(first: Prefix) -> Prefix | None:
     >>> folded(Prefix(fx.GraphModule({}, fx.Graph()), (), frozenset(), ())) is None
     True
     """
-    convolutions = [m for m in _modules(first.module).values() if _is_convolution(m)]
-    if first.written or sum(m.weight.numel() for m in convolutions) < _LARGE:
+    modules = _modules(first.module).values()
+    convolutions = [m for m in modules if _is_convolution(m)]
+    size = sum(m.weight.numel() for m in convolutions)
+    if first.written or size < max(_LARGE, _SHARE * sum(p.numel() for m in modules for p in m.parameters())):
         return None
     graph = fx.Graph()
     graph.output(graph.graph_copy(first.module.graph, copied := {}))  # type: ignore[var-annotated]

@@ -95,7 +95,7 @@ def _way(
             why = not_again(plan, stage, feed, stage.views)[0]
         if why:
             return None, why
-        return find_way(model, loss, batch, trained=plan.trainable(stage), wanted=wanted, on=on), ""
+        return find_way(model, loss, batch, trained=plan.trainable(stage), wanted=wanted, on=on)[0], ""
     except CannotSplit as reason:
         return None, str(reason)
     except Exception as error:  # as in a run, which goes the long way then

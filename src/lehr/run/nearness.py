@@ -11,9 +11,9 @@ def near(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
         return False
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
-    unequal = (a != b) & ~(a.isnan() & b.isnan())
-    if not unequal.any():
+    if torch.equal(a, b):
         return True
+    unequal = (a != b) & ~(a.isnan() & b.isnan())
     off = (a - b).masked_fill(~unequal, 0).abs().double().norm()
     size = a.abs().masked_fill(~a.isfinite(), 0).double().norm()
     return bool(off <= tolerance * size)

@@ -40,8 +40,8 @@ _SMALL_PART = 1e-3
 
 def prove(
     model: nn.Module, halves: Halves, call: Call, *, loss: Judged | None, store: torch.dtype | None
-) -> None:
-    """Check the halves against the model.
+) -> tuple[torch.Tensor, ...]:
+    """Check the halves against the model; the features of the batch that it was checked on.
 
     Args:
         model: the model, in the mode in which it was analysed.
@@ -71,11 +71,9 @@ def prove(
             features = checks.features(tensors)
             checks.stored(features, store)
             checks.samples(features)
-            features = checks.exact(features)
-            if loss is None or not torch.is_grad_enabled():
-                checks.outputs(features)
-            if loss is not None:
-                checks.training(features, loss) if torch.is_grad_enabled() else checks.loss(features, loss)
+            checks.nearly_exact(features)
+            checks.suffix(features, loss)
+            return features
         except CannotSplit:
             raise
         except Exception as error:
@@ -86,6 +84,8 @@ def prove(
             torch.clear_autocast_cache()
 
 
+_FEW = 4
+"""Samples that are computed again, for what costs a pass through the frozen part each time."""
 _CLOSER = 0.1
 """The faster form of a prefix is to be that much nearer: it is one convolution's rounding, and nothing behind it."""
 _TIMES, _MOST = 8.0, 0.05
@@ -123,9 +123,9 @@ class _Checks:
     def samples(self, features: tuple[torch.Tensor, ...]) -> None:
         """A sample's features are to be the same in another order of the batch, and alone."""
         count = len(self.tensors[0])
-        turned = torch.arange(count - 1, -1, -1)
-        alone = [("alone", torch.tensor([number])) for number in range(min(count, 4))]
-        for how, order in [("in another order", turned), *alone]:
+        turned = torch.arange(min(count, _FEW) - 1, -1, -1)
+        alone = [("alone", turned[n : n + 1]) for n in (0, len(turned) - 1)]
+        for how, order in [("of another size or order", turned), *alone]:
             again = self.features([t[order.to(t.device)] for t in self.tensors])
             self._same_features([f[order.to(f.device)] for f in features], again, how)
         if count == 1:
@@ -139,15 +139,14 @@ class _Checks:
                 "beside it; a layer that mixes samples has to be behind what is frozen"
             )
 
-    def exact(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The exact features, of which these are to be a rounding; behind the cut both forms of the halves are the same."""
+    def nearly_exact(self, features: tuple[torch.Tensor, ...]) -> None:
+        """The features of the faster form are to be a rounding of the exact ones."""
         if self.halves.exact is None:
-            return features
-        args, kwargs = self.form.call(self.tensors)
+            return
+        args, kwargs = self.form.call([t[:_FEW] for t in self.tensors])
         exact = self.halves.exact.prefix(*args, **kwargs)
-        if not all(near(one, other, self.near * _CLOSER) for one, other in zip(exact, features, strict=True)):
+        if not all(near(one, f[:_FEW], self.near * _CLOSER) for one, f in zip(exact, features, strict=True)):
             raise CannotSplit(f"the faster form of the part up to {self.after} gives other features")
-        return exact
 
     def stored(self, features: tuple[torch.Tensor, ...], store: torch.dtype | None) -> None:
         """Nothing is to overflow in the type in which it is stored."""
@@ -159,6 +158,22 @@ class _Checks:
                     f"features up to {self.after} are too large for {str(store).removeprefix('torch.')}; "
                     'cache_dtype = "fp32" holds them'
                 )
+
+    def suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
+        """The suffix is to go on as the model does; where rounded features make a difference to it, from the exact ones."""
+        try:
+            self._suffix(features, loss)
+        except CannotSplit:
+            if self.halves.exact is None:
+                raise
+            args, kwargs = self.form.call(self.tensors)
+            self._suffix(self.halves.exact.prefix(*args, **kwargs), loss)
+
+    def _suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
+        if loss is None or not torch.is_grad_enabled():
+            self.outputs(features)
+        if loss is not None:
+            self.training(features, loss) if torch.is_grad_enabled() else self.loss(features, loss)
 
     def outputs(self, features: tuple[torch.Tensor, ...]) -> None:
         """The suffix is to return what the model returns."""

@@ -103,6 +103,9 @@ class Shortcut:
         self._kept: Kept | None = None
         self._is_off = self._has_overflown = False
         self._ends, self._view = "", 0
+        self._proved: list[
+            torch.Tensor
+        ] = []  # what is kept of the batch that is next, if it is known already
         self._never = torch.zeros(0, dtype=torch.bool)  # slots whose rows cannot be stored
         self._at_start: Tally | None = None  # of the epoch that was last
         self._known: list[Known] = []
@@ -249,8 +252,7 @@ class Shortcut:
             self.tally.read += len(slots)
             return way.halfway(store.get(drawn.slots), drawn.slots)
         try:
-            with self._terms.on.autocast():
-                kept = way.kept(placed(drawn.batch, self._terms.on.device))
+            kept = self._kept_of(drawn.batch, way)
         except (
             Exception
         ) as why:  # whatever it is, the long way is there; where that fails as well it says so itself
@@ -267,6 +269,14 @@ class Shortcut:
         self.tally.read += len(drawn.slots) - len(slots)
         self.tally.computing += time.monotonic() - began
         return way.halfway(rounded, drawn.slots)
+
+    def _kept_of(self, batch: Any, way: Way) -> list[torch.Tensor]:
+        """What is kept of a batch; the one on which the way was proved is not computed again."""
+        if kept := self._proved:
+            self._proved = []
+            return kept
+        with self._terms.on.autocast():
+            return way.kept(placed(batch, self._terms.on.device))
 
     def _put(
         self, way: Way, store: Store, slots: torch.Tensor, kept: list[torch.Tensor]
@@ -308,7 +318,7 @@ class Shortcut:
             why, is_news = terms.again()
             if why:
                 raise (CannotSplit if is_news or terms.wanted.required else TooLittle)(why)
-            way = find_way(
+            way, self._proved = find_way(
                 self._model, self._loss, placed(batch, terms.on.device), trained=terms.trained, wanted=terms.wanted,
                 on=terms.on,
             )  # fmt: skip

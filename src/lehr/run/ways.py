@@ -6,7 +6,7 @@ It changes nothing, and must not know where samples come from or rows are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,17 +22,14 @@ from lehr.run.calling import Calling, StandIn, calling
 from lehr.run.cuts import Call, CannotSplit, Cut, choose
 from lehr.run.facts import unwrap
 from lehr.run.memory import part
-from lehr.run.nearness import near, tolerance
 from lehr.run.precision import Arithmetic
 from lehr.run.prefix import Halves, analyse
 from lehr.run.proof import Judged, prove
-from lehr.run.randomness import Randomness
 from lehr.run.unmoved import unmoved
 from lehr.run.untouched import in_eval, state_kept
 from lehr.run.update import Loss, Returned, scalar_loss
 
-_PROVED = 4  # samples of a real batch on which a prefix is proved
-_TINY = 1e-6  # losses that are no further apart are equal
+_LOOKED_AT = 3  # samples of a real batch by which places to cut are looked for
 LEAST_SHARE = 0.2
 """Of the arithmetic: a prefix with less is not worth its bytes (the study's measured break-even, with slack)."""
 LEAST_WORK = 2e10
@@ -112,8 +109,8 @@ class Way:
 
 def find_way(
     model: nn.Module, loss: Loss, batch: Any, *, trained: frozenset[str], wanted: Wanted, on: Arithmetic
-) -> Way:
-    """The way of batches like this one, through `model` in the mode it is in; proved on the first of its samples.
+) -> tuple[Way, list[torch.Tensor]]:
+    """The way of batches like this one, through `model` in the mode it is in, proved on it; and what is kept of it.
 
     Raises:
         CannotSplit: where there is none, or none that pays; in words for the person.
@@ -122,39 +119,32 @@ def find_way(
     _refuse_parallel(model)
     with _as_it_was(model, loss, on), unmoved(unwrap(model)), on.autocast():
         seen = calling(model, loss, batch)
-        sample = part(batch, _PROVED)
-        call = seen.call(sample)
-        work = _work(model, call) / len(leaves(sample)[0])
+        work = _work(model, seen.call(part(batch, 1)))
         if not wanted.required and work * wanted.rows * wanted.passes < LEAST_WORK:
             raise TooLittle(_TOO_LITTLE)
-        analysis = analyse(model, call, trained=trained)
-        beside = sum(leaves(sample)[n][:1].nbytes for n in seen.kept)
+        analysis = analyse(model, seen.call(part(batch, _LOOKED_AT)), trained=trained)
+        beside = sum(leaves(batch)[n][:1].nbytes for n in seen.kept)
         cut, narrow, rows = _chosen(analysis.cuts, wanted, beside)
         if cut.share < LEAST_SHARE and not wanted.required:
             raise CannotSplit(
                 f"only {cut.share:.0%} of the arithmetic lies before what trains (up to {cut.after}); nothing is cached"
             )
         halves = analysis.split(cut)
-        proved = _proved(
-            model, halves, call, loss=_judged(model, loss, seen, sample), narrow=narrow, exact=wanted.exact
+        proved, features = _proved(
+            model,
+            halves,
+            seen.call(batch),
+            loss=_judged(model, loss, seen, batch),
+            narrow=narrow,
+            exact=wanted.exact,
         )
-        _prove_whole(model, proved, seen, batch, loss)
-        features = proved.prefix(*call.args, **call.kwargs)
-    columns = [Column.like(tensor, narrow) for tensor in features]
-    columns += [Column.like(leaves(sample)[n]) for n in seen.kept]
-    forms = tuple((tuple(t.shape[1:]), t.dtype) for t in leaves(sample))
-    return Way(
-        wanted,
-        proved,
-        seen,
-        tuple(columns),
-        forms,
-        rows,
-        analysis.route,
-        analysis.stilled,
-        work,
-        proved is not halves,
-    )
+    kept = [*features, *(leaves(batch)[n] for n in seen.kept)]
+    columns = tuple(Column.like(t, narrow if n < len(features) else None) for n, t in enumerate(kept))
+    forms = tuple((tuple(t.shape[1:]), t.dtype) for t in leaves(batch))
+    way = Way(
+        wanted, proved, seen, columns, forms, rows, analysis.route, analysis.stilled, work, folded=proved is not halves
+    )  # fmt: skip
+    return way, kept
 
 
 def through_suffix(way: Way, loss: Loss) -> Loss:
@@ -235,26 +225,6 @@ def _judged(model: nn.Module, loss: Loss, seen: Calling, sample: Any) -> Callabl
     return judged
 
 
-def _prove_whole(model: nn.Module, halves: Halves, seen: Calling, batch: Any, loss: Loss) -> None:
-    """The loss of the whole batch is to be the same, too: a model may do otherwise with more samples."""
-    if len(leaves(batch)[0]) <= _PROVED:
-        return
-    call = seen.call(batch)
-    judged = _judged(model, loss, seen, batch)
-    randomness = Randomness(leaves(batch)[0].device)
-    state = randomness.take()
-    with torch.no_grad(), in_eval(unwrap(model), frozenset(halves.stilled)):
-        whole = judged(model)
-        randomness.put(state)
-        features = halves.prefix(*call.args, **call.kwargs)
-        ours = judged(lambda *_, **__: halves.suffix(features))
-    if not near(whole, ours, tolerance(whole.device)) and not abs(float(whole - ours)) <= _TINY:
-        raise CannotSplit(
-            f"the loss of {len(features[0])} samples is another when the model is cut behind {halves.cut.after}, though that of "
-            f"{_PROVED} is not: the model depends on the size of the batch"
-        )
-
-
 def _refuse_parallel(model: nn.Module) -> None:
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         raise CannotSplit("a model that is spread over several devices or processes is not cut")
@@ -262,18 +232,13 @@ def _refuse_parallel(model: nn.Module) -> None:
 
 def _proved(
     model: nn.Module, halves: Halves, call: Call, *, loss: Judged, narrow: torch.dtype | None, exact: bool
-) -> Halves:
-    """The halves in their fast form where that is allowed and holds, else as they are."""
+) -> tuple[Halves, tuple[torch.Tensor, ...]]:
+    """The halves in their fast form where that is allowed and holds, else as they are; and the features of the call."""
     if not exact:
-        try:
+        with suppress(CannotSplit):
             fast = halves.fast()
-            prove(model, fast, call, loss=loss, store=narrow)
-        except CannotSplit:
-            pass
-        else:
-            return fast
-    prove(model, halves, call, loss=loss, store=narrow)
-    return halves
+            return fast, prove(model, fast, call, loss=loss, store=narrow)
+    return halves, prove(model, halves, call, loss=loss, store=narrow)
 
 
 def _work(model: nn.Module, call: Call) -> float:
@@ -285,9 +250,7 @@ def _work(model: nn.Module, call: Call) -> float:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*call.args, **call.kwargs)
     except Exception as error:
-        raise CannotSplit(
-            f"the model could not be run on {_PROVED} samples ({type(error).__name__})"
-        ) from error
+        raise CannotSplit(f"the model could not be run on a sample ({type(error).__name__})") from error
     finally:
         for module, mode in modes:
             module.training = mode
