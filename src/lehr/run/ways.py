@@ -26,7 +26,7 @@ from lehr.run.precision import Arithmetic
 from lehr.run.prefix import Halves, analyse
 from lehr.run.proof import Judged, prove
 from lehr.run.unmoved import unmoved
-from lehr.run.untouched import in_eval, state_kept
+from lehr.run.untouched import state_kept
 from lehr.run.update import Loss, Returned, scalar_loss
 
 _LOOKED_AT = 3  # samples of a real batch by which places to cut are looked for
