@@ -15,8 +15,8 @@ import lehr
 from coverage_models import Case, case
 from lehr.run.facts import named
 from lehr.run.freezing import set_trainable
-from lehr.run.prefix import Call, CannotSplit, Halves, analyse, choose
-from lehr.run.proof import prove
+from lehr.run.prefix.analysis import Call, CannotSplit, Halves, analyse, choose
+from lehr.run.prefix.proof import prove
 
 BATCH, OTHER = 3, 2
 SMALL = 1e-3

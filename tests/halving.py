@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from lehr.run.facts import named
 from lehr.run.freezing import set_trainable
-from lehr.run.prefix import Analysis, Call, Halves, analyse, choose
-from lehr.run.proof import prove
+from lehr.run.prefix.analysis import Analysis, Call, Halves, analyse, choose
+from lehr.run.prefix.proof import prove
 
 
 def analysed(model: nn.Module, call: Call, *trained: str, training: bool = True) -> Analysis:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lehr import free_room
-from lehr.run import cache
-from lehr.run.cache import Column, Place, Store, merged, place_for
+from lehr.run.cache import store as cache
+from lehr.run.cache.store import Column, Place, Store, merged, place_for
 
 PLACES: tuple[Place, ...] = ("memory", "file")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from halving import analysed, assert_same, halves_of, proved
-from lehr.run.cuts import Crossing, Cut, choose
-from lehr.run.prefix import Call, CannotSplit
+from lehr.run.prefix.analysis import Call, CannotSplit
+from lehr.run.prefix.cuts import Crossing, Cut, choose
 
 
 @pytest.fixture(autouse=True)

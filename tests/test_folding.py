@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from halving import assert_as_before, assert_same, halves_of, proved, state
-from lehr.run.prefix import Call, CannotSplit
+from lehr.run.prefix.analysis import Call, CannotSplit
 
 
 @pytest.fixture(autouse=True)

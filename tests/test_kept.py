@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lehr.errors import RequestError
-from lehr.run.cache import Column
-from lehr.run.kept import Kept, digests_of, key_of
+from lehr.run.cache.kept import Kept, digests_of, key_of
+from lehr.run.cache.store import Column
 
 ROWS = torch.arange(12.0).reshape(4, 3)
 INPUTS = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from halving import analysed, assert_same, halves_of, proved
 from lehr.run.freezing import set_trainable
-from lehr.run.prefix import Call, CannotSplit, analyse
+from lehr.run.prefix.analysis import Call, CannotSplit, analyse
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from halving import analysed, assert_same, proved
-from lehr.run.prefix import Call
+from lehr.run.prefix.analysis import Call
 
 _TEXT = {"vocab_size": 50, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

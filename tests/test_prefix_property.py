@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from halving import analysed, assert_as_before, assert_same, proved, state
-from lehr.run.prefix import Analysis, Call, CannotSplit
+from lehr.run.prefix.analysis import Analysis, Call, CannotSplit
 
 WIDTH = 4
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from halving import assert_as_before, halves_of, number, proved, state
-from lehr.run.prefix import Call, CannotSplit, Halves
-from lehr.run.proof import prove
+from lehr.run.prefix.analysis import Call, CannotSplit, Halves
+from lehr.run.prefix.proof import prove
 
 
 @pytest.fixture(autouse=True)

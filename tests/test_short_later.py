@@ -17,15 +17,16 @@ from torch.utils.data import TensorDataset, get_worker_info
 import lehr
 from lehr.errors import FeedError
 from lehr.events import EpochEnded, Event
-from lehr.run import layout, shortcut
-from lehr.run.cache import Store
-from lehr.run.ways import Way
+from lehr.run import layout
+from lehr.run.cache import shortcut
+from lehr.run.cache.store import Store
+from lehr.run.cache.ways import Way
 from short_runs import Net, Own, close, images, loader, net, ran, recipe, same
 
 
 @pytest.fixture(autouse=True)
 def _every_job_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
 
 
 class Scaled(Net):

@@ -60,7 +60,7 @@ def test_what_only_the_whole_model_does(make: type[Net], monkeypatch: pytest.Mon
     """A model that its batch's size or its own forward pass changes is trained as without a cache, to the bit, and a line
     says why.
     """
-    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
     found = ran(recipe(cache="auto"), model=net(make), valid=None)
     assert same(found, ran(recipe(cache="off"), model=net(make), valid=None))
     assert "trained without a cache" in found.notes
@@ -76,7 +76,7 @@ class Twice(Net):
 
 def test_a_dropout_that_is_used_twice_stays_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dropout before the head is not switched off because it stands between frozen layers, too."""
-    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
     said = {"cache_exact": True}
     found = ran(recipe(cache="auto", **said), model=net(Twice), valid=None)
     assert same(found, ran(recipe(cache="off"), model=net(Twice), valid=None))
@@ -84,7 +84,7 @@ def test_a_dropout_that_is_used_twice_stays_on(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_hook_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook on a part that is made of parts is called as often as without a cache."""
-    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
     calls: dict[str, int] = {}
     for cache in ("auto", "off"):
         model = net()
@@ -101,7 +101,7 @@ def setting(model: Any, batch: Any) -> torch.Tensor:
 
 def test_a_loss_that_sets_something_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a loss function sets of its model reaches the model."""
-    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
     found = ran(recipe(cache="auto"), valid=None, loss=setting)
     assert same(found, ran(recipe(cache="off"), valid=None, loss=setting))
     assert "sets 'scale'" in found.notes
@@ -128,7 +128,7 @@ def test_batches_of_other_shapes() -> None:
 
 def test_batches_of_other_shapes_after_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where a prefix was found with the first batch."""
-    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
     said = {"optimizer": "sgd", "cache_exact": True}
     found = ran(recipe(cache="auto", **said), train=DataLoader(Sizes(), batch_size=8), valid=None)
     assert found.cached

@@ -15,9 +15,9 @@ from torch.utils.data import SequentialSampler, SubsetRandomSampler, WeightedRan
 import lehr
 from lehr.errors import RecipeError
 from lehr.events import PrefixCached
-from lehr.run import cache
-from lehr.run.shortcut import Shortcut
-from lehr.run.ways import Way
+from lehr.run.cache import store as cache
+from lehr.run.cache.shortcut import Shortcut
+from lehr.run.cache.ways import Way
 from short_runs import Net, Own, close, images, loader, net, ran, recipe, same
 
 EXACT = {"cache_exact": True}
@@ -55,7 +55,7 @@ def test_no_sample_is_loaded_again() -> None:
 
 def test_folded_and_partial_batches_come_close(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default, and with batches that do not divide the samples, the same within rounding."""
-    monkeypatch.setattr("lehr.run.folding._LARGE", 0)
+    monkeypatch.setattr("lehr.run.prefix.folding._LARGE", 0)
     data, said = images(22), {"train": ["head", "blocks.1"], "optimizer": "sgd"}
     short = ran(recipe(**said), train=data)
     assert short.cached["train"].folded
@@ -198,7 +198,7 @@ def test_what_cannot_be_cached_is_trained_the_long_way(
     what: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the short way would be wrong, the run is the long way's to the bit and a line says why; `require` raises it."""
-    monkeypatch.setattr("lehr.run.ways.LEAST_WORK", 0.0)
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
     said = dict(what)
     make = said.pop("model", Net)
     plain = ran(recipe(cache="off"), model=net(make), **said)

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from halving import analysed, assert_as_before, assert_same, halves_of, proved, state
-from lehr.run.cuts import Call, CannotSplit
-from lehr.run.forms import checked_form
-from lehr.run.tracing import trace
-from lehr.run.walking import Memory, walk
+from lehr.run.prefix.cuts import Call, CannotSplit
+from lehr.run.prefix.forms import checked_form
+from lehr.run.prefix.tracing import trace
+from lehr.run.prefix.walking import Memory, walk
 
 
 @pytest.fixture(autouse=True)

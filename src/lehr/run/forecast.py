@@ -16,14 +16,14 @@ from lehr.costs import StageCost
 from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan
 from lehr.run.batches import leaves
-from lehr.run.cache import place_for, row_bytes
-from lehr.run.caching import not_again, wanted_in, why_not
-from lehr.run.cuts import CannotSplit
+from lehr.run.cache.stage_cache import not_again, wanted_in, why_not
+from lehr.run.cache.store import place_for, row_bytes
+from lehr.run.cache.ways import Wanted, Way, check_worth, find_way, through_suffix
 from lehr.run.optimizer import apply, optimizer
 from lehr.run.precision import Arithmetic
+from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.sampler import Feed, view_of
 from lehr.run.update import Loss, Update, placed
-from lehr.run.ways import Wanted, Way, check_worth, find_way, through_suffix
 
 _STEPS = 3
 _ENOUGH = 2.0

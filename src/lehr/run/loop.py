@@ -35,7 +35,7 @@ from lehr.recipe import Recipe
 from lehr.resolving import resolve
 from lehr.run.allocator import keep_blocks
 from lehr.run.best import Best
-from lehr.run.caching import Caching
+from lehr.run.cache.stage_cache import Caching
 from lehr.run.ema import Ema
 from lehr.run.facts import inspect, unwrap
 from lehr.run.files import write_tensors

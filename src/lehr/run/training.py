@@ -22,7 +22,7 @@ from lehr.planned_stage import Decision, PlannedStage
 from lehr.planning import Plan, Step
 from lehr.run.audit import Digests, audit, frozen_digests
 from lehr.run.best import Best
-from lehr.run.caching import Caching, StageCache
+from lehr.run.cache.stage_cache import Caching, StageCache
 from lehr.run.checkpoint import Snapshot
 from lehr.run.ema import Ema
 from lehr.run.facts import unwrap

@@ -12,9 +12,9 @@ from torch import nn
 from lehr.data.purity import preserved
 from lehr.errors import RunError
 from lehr.events import Validating
+from lehr.run.cache.shortcut import Shortcut
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed, size_of
-from lehr.run.shortcut import Shortcut
 from lehr.run.update import Loss, cross_entropy, placed, scalar_loss
 from lehr.run.watch import REFRESH, Tell
 

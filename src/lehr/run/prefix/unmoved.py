@@ -1,7 +1,6 @@
 """Whether running a model leaves it as it was: what a forward pass changes by itself cannot be cut in two without a trace.
 
-Parameters, which buffer stands under which name, and plain attributes are compared; batch statistics may move. What has
-changed is put back.
+Parameters, which buffer stands under which name, and plain attributes are compared; batch statistics may move.
 """
 
 from __future__ import annotations
@@ -13,37 +12,49 @@ from typing import Any
 import torch
 from torch import nn
 
-from lehr.run.cuts import CannotSplit
+from lehr.run.prefix.cuts import CannotSplit
 
 _PLAIN = (bool, int, float, str, type(None))
 _MODE = "training"
 
 
 @contextmanager
-def unmoved(model: nn.Module) -> Iterator[None]:
-    """What is done in this context may run the model, and must not change it.
+def unmoved(model: nn.Module, *, copied: bool) -> Iterator[None]:
+    """What is done in this context may run the model, and must not change it. Where parameters are `copied`, which takes as
+    much memory once more, what has changed is put back; else it is noticed by its sum.
 
     Raises:
         CannotSplit: where a parameter, the buffer under a name, or a plain attribute has changed, with the name.
     """
-    parameters = {n: (p, p.data, p.detach().clone()) for n, p in model.named_parameters()}
+    look = torch.clone if copied else _sum
+    parameters = {n: (p, p.data, look(p.detach())) for n, p in model.named_parameters()}
     modules = {path: (m, _plain(m), dict(m._buffers)) for path, m in model.named_modules()}
     changed: list[str] = []
     try:
         yield
     finally:
-        for name, (parameter, data, copy) in parameters.items():
-            if parameter.data.data_ptr() != data.data_ptr() or not torch.equal(parameter.detach(), copy):
-                changed.append(name)
-                parameter.data = data
+        for name, (parameter, data, before) in parameters.items():
+            now = parameter.detach() if copied else _sum(parameter.detach())
+            if parameter.data.data_ptr() == data.data_ptr() and torch.equal(now, before):
+                continue
+            changed.append(name)
+            parameter.data = data
+            if copied:
                 with torch.no_grad():
-                    parameter.copy_(copy)
+                    parameter.copy_(before)
         for path, (module, plain, buffers) in modules.items():
             changed += [f"{path}.{name}".lstrip(".") for name in _put_back(module, plain, buffers)]
     if changed:
         raise CannotSplit(
             f"a forward pass changes {changed[0]}, which only the whole model does; nothing is cached"
         )
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of what lies in its memory, read as whole numbers."""
+    memory = tensor.untyped_storage()
+    kind = torch.uint8 if memory.nbytes() % 4 else torch.int32
+    return torch.empty(0, dtype=kind, device=tensor.device).set_(memory).sum()
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import fx
 
-from lehr.run.cuts import Crossing, Cut
-from lehr.run.pureness import Purity, below, crossable, is_about_sizes
-from lehr.run.seen import Seen, tensors_of
-from lehr.run.tracing import Traced, own_path
+from lehr.run.prefix.cuts import Crossing, Cut
+from lehr.run.prefix.pureness import Purity, below, crossable, is_about_sizes
+from lehr.run.prefix.seen import Seen, tensors_of
+from lehr.run.prefix.tracing import Traced, own_path
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from lehr.run.halving import Prefix
+from lehr.run.prefix.halving import Prefix
 
 _LARGE, _SHARE = 100_000, 0.1
 """Weights in convolutions, and their share of the prefix's, below which neither is worth a copy: a transformer's patches, or

@@ -17,11 +17,11 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lehr.run.cuts import CannotSplit
-from lehr.run.forms import at_least
-from lehr.run.nearness import near, tolerance
-from lehr.run.seen import Affine, Seen, Sizes, Tensor, Unclear, rebuilt_sequence
-from lehr.run.tracing import Traced
+from lehr.run.prefix.cuts import CannotSplit
+from lehr.run.prefix.forms import at_least
+from lehr.run.prefix.nearness import near, tolerance
+from lehr.run.prefix.seen import Affine, Seen, Sizes, Tensor, Unclear, rebuilt_sequence
+from lehr.run.prefix.tracing import Traced
 from lehr.run.untouched import Mark, attributes_kept, kept_state, quiet, state_kept
 
 SMALL, LARGE = 2, 3

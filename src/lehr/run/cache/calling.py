@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lehr.run.batches import leaves, rebuilt
-from lehr.run.cuts import Call, CannotSplit
+from lehr.run.prefix.cuts import Call, CannotSplit
 from lehr.run.update import Loss
 
 _KEPT = 16 * 1024

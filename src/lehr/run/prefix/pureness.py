@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from lehr.run.seen import Seen, Tensor
-from lehr.run.tracing import Traced
+from lehr.run.prefix.seen import Seen, Tensor
+from lehr.run.prefix.tracing import Traced
 
 Kind = Literal["trained", "random", "batch", "state"]
 _SIZES = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex",

@@ -18,15 +18,15 @@ from lehr.events import CacheClosed, Note, PrefixCached
 from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan
 from lehr.run.allocator import give_back
-from lehr.run.cache import Store
+from lehr.run.cache.shortcut import Shortcut, Terms
+from lehr.run.cache.store import Store
+from lehr.run.cache.ways import Wanted, Way
 from lehr.run.facts import named, unwrap
 from lehr.run.freezing import is_frozen
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed
-from lehr.run.shortcut import Shortcut, Terms
 from lehr.run.update import Loss
 from lehr.run.watch import Tell
-from lehr.run.ways import Wanted, Way
 
 _TRAINING, _VALIDATION = "train", "valid"
 _NEARLY_ALL = 0.8

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lehr.run.cuts import Call, CannotSplit
 from lehr.run.facts import named, unwrap
-from lehr.run.forms import Form, at_least
-from lehr.run.nearness import near, tolerance
-from lehr.run.prefix import Halves
+from lehr.run.prefix.analysis import Halves
+from lehr.run.prefix.cuts import Call, CannotSplit
+from lehr.run.prefix.forms import Form, at_least
+from lehr.run.prefix.nearness import near, tolerance
 from lehr.run.randomness import Randomness, RandomState
 from lehr.run.untouched import (
     Mark,

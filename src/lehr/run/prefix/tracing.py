@@ -19,8 +19,8 @@ import torchvision
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lehr.run.cuts import CannotSplit, CannotTrace
-from lehr.run.forms import PLAIN, Form
+from lehr.run.prefix.cuts import CannotSplit, CannotTrace
+from lehr.run.prefix.forms import PLAIN, Form
 from lehr.run.randomness import Randomness
 from lehr.run.structure import clean
 from lehr.run.untouched import (

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lehr.run.cutting import Place
-from lehr.run.graph_writer import GraphWriter
-from lehr.run.pureness import Purity
-from lehr.run.seen import Seen, Tensor, filled, rebuilt_sequence, tensors_of
-from lehr.run.tracing import Traced
-from lehr.run.walking import SMALL
+from lehr.run.prefix.cutting import Place
+from lehr.run.prefix.graph_writer import GraphWriter
+from lehr.run.prefix.pureness import Purity
+from lehr.run.prefix.seen import Seen, Tensor, filled, rebuilt_sequence, tensors_of
+from lehr.run.prefix.tracing import Traced
+from lehr.run.prefix.walking import SMALL
 
 
 @dataclass(frozen=True)

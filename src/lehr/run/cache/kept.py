@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lehr.errors import RequestError
-from lehr.run.cache import Column, Store
+from lehr.run.cache.store import Column, Store
 from lehr.run.lock import locked
 
 _DIGEST = 16  # bytes; two for each row: of the sample's input, and of the row itself

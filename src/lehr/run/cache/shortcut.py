@@ -24,14 +24,14 @@ from lehr.errors import RequestError
 from lehr.free_room import size_text
 from lehr.planned_stage import PlannedStage
 from lehr.run.batches import leaves
-from lehr.run.cache import Store, merged, place_for, row_bytes
-from lehr.run.cuts import CannotSplit
-from lehr.run.kept import Kept, digests_of, key_of
-from lehr.run.known import Known
+from lehr.run.cache.kept import Kept, digests_of, key_of
+from lehr.run.cache.known import Known
+from lehr.run.cache.store import Store, merged, place_for, row_bytes
+from lehr.run.cache.ways import Halfway, TooLittle, Wanted, Way, check_worth, find_way, through_suffix
 from lehr.run.precision import Arithmetic
+from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.sampler import Feed, Window, view_of
 from lehr.run.update import Loss, Returned, placed
-from lehr.run.ways import Halfway, TooLittle, Wanted, Way, check_worth, find_way, through_suffix
 
 _LONG = 5.0
 """Seconds of reading in an epoch from which on a cache is judged by the clock; below, it does not matter."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lehr.run.cuts import CannotSplit
-from lehr.run.seen import Affine, Sizes, Tensor, Unclear, rebuilt_sequence
-from lehr.run.tracing import Traced, own_path
+from lehr.run.prefix.cuts import CannotSplit
+from lehr.run.prefix.seen import Affine, Sizes, Tensor, Unclear, rebuilt_sequence
+from lehr.run.prefix.tracing import Traced, own_path
 
 
 class Still(nn.Module):

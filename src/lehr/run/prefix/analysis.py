@@ -15,19 +15,19 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lehr.run.cuts import Call, CannotSplit, CannotTrace, Crossing, Cut, choose
-from lehr.run.cutting import Place, places
 from lehr.run.facts import named, unwrap
-from lehr.run.folding import folded
-from lehr.run.forms import Form, checked_form
-from lehr.run.halving import Parts, Prefix, Suffix, halve
 from lehr.run.pinning import pin_of
-from lehr.run.pureness import Source, below, purity
-from lehr.run.seen import filled
+from lehr.run.prefix.cuts import Call, CannotSplit, CannotTrace, Crossing, Cut, choose
+from lehr.run.prefix.cutting import Place, places
+from lehr.run.prefix.folding import folded
+from lehr.run.prefix.forms import Form, checked_form
+from lehr.run.prefix.halving import Parts, Prefix, Suffix, halve
+from lehr.run.prefix.pureness import Source, below, purity
+from lehr.run.prefix.seen import filled
+from lehr.run.prefix.tracing import Route, Traced, trace
+from lehr.run.prefix.walking import Memory, walk
 from lehr.run.structure import clean
-from lehr.run.tracing import Route, Traced, trace
 from lehr.run.untouched import in_eval
-from lehr.run.walking import Memory, walk
 
 __all__ = ["Analysis", "Call", "CannotSplit", "Crossing", "Cut", "Halves", "analyse", "choose"]
 

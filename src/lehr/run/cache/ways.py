@@ -17,15 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lehr.free_room import size_text
 from lehr.run.batches import leaves
-from lehr.run.cache import Column
-from lehr.run.calling import Calling, StandIn, calling
-from lehr.run.cuts import Call, CannotSplit, Cut, choose
+from lehr.run.cache.calling import Calling, StandIn, calling
+from lehr.run.cache.store import Column
 from lehr.run.facts import unwrap
 from lehr.run.memory import part
 from lehr.run.precision import Arithmetic
-from lehr.run.prefix import Halves, analyse
-from lehr.run.proof import Judged, prove
-from lehr.run.unmoved import unmoved
+from lehr.run.prefix.analysis import Halves, analyse
+from lehr.run.prefix.cuts import Call, CannotSplit, Cut, choose
+from lehr.run.prefix.proof import Judged, prove
+from lehr.run.prefix.unmoved import unmoved
 from lehr.run.untouched import state_kept
 from lehr.run.update import Loss, Returned, scalar_loss
 
@@ -117,12 +117,13 @@ def find_way(
     """
     check_worth(model, batch, wanted)
     _refuse_parallel(model)
-    with _as_it_was(model, loss, on), unmoved(unwrap(model)), on.autocast():
-        seen = calling(model, loss, batch)
-        work = _work(model, seen.call(part(batch, 1)))
-        if not wanted.required and work * wanted.rows * wanted.passes < LEAST_WORK:
-            raise TooLittle(_TOO_LITTLE)
-        analysis = analyse(model, seen.call(part(batch, _LOOKED_AT)), trained=trained)
+    with _as_it_was(model, loss, on), on.autocast():
+        with unmoved(unwrap(model), copied=True):
+            seen = calling(model, loss, batch)
+            work = _work(model, seen.call(part(batch, 1)))
+            if not wanted.required and work * wanted.rows * wanted.passes < LEAST_WORK:
+                raise TooLittle(_TOO_LITTLE)
+            analysis = analyse(model, seen.call(part(batch, _LOOKED_AT)), trained=trained)
         beside = sum(leaves(batch)[n][:1].nbytes for n in seen.kept)
         cut, narrow, rows = _chosen(analysis.cuts, wanted, beside)
         if cut.share < LEAST_SHARE and not wanted.required:
@@ -130,14 +131,9 @@ def find_way(
                 f"only {cut.share:.0%} of the arithmetic lies before what trains (up to {cut.after}); nothing is cached"
             )
         halves = analysis.split(cut)
-        proved, features = _proved(
-            model,
-            halves,
-            seen.call(batch),
-            loss=_judged(model, loss, seen, batch),
-            narrow=narrow,
-            exact=wanted.exact,
-        )
+        judged, call = _judged(model, loss, seen, batch), seen.call(batch)
+        with unmoved(unwrap(model), copied=False):  # beside what a step takes there may be no room for a copy
+            proved, features = _proved(model, halves, call, loss=judged, narrow=narrow, exact=wanted.exact)
     kept = [*features, *(leaves(batch)[n] for n in seen.kept)]
     columns = tuple(Column.like(t, narrow if n < len(features) else None) for n, t in enumerate(kept))
     forms = tuple((tuple(t.shape[1:]), t.dtype) for t in leaves(batch))
