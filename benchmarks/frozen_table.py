@@ -34,7 +34,9 @@ def growth(run: Run) -> int:
 
 def cached(run: Run) -> int:
     """Bytes that lehr's caches held."""
-    return sum(event["bytes"] * event["rows"] for event in run.found["told"] if event["event"] == "PrefixCached")
+    return sum(
+        event["bytes"] * event["rows"] for event in run.found["told"] if event["event"] == "PrefixCached"
+    )
 
 
 def problems(runs: Sequence[Run]) -> list[str]:

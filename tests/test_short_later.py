@@ -15,9 +15,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset, get_worker_info
 
 import lehr
-from lehr.errors import FeedError
 from lehr.events import EpochEnded, Event
-from lehr.run import layout
 from lehr.run.cache import shortcut
 from lehr.run.cache.store import Store
 from lehr.run.cache.ways import Way
@@ -203,18 +201,6 @@ def test_a_cache_that_does_not_pay_is_switched_off(monkeypatch: pytest.MonkeyPat
     assert "does not pay" in found.notes
     assert found.closed["train"].read == 24
     assert ran(recipe(length="6 epochs"), valid=None).closed["train"].read == 5 * 24
-
-
-def test_a_sample_that_fails_is_said_with_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the layout would be measured and the first batch cannot be had, the run says so as ever."""
-    monkeypatch.setattr(layout, "_FEWEST_STEPS", 1)
-    monkeypatch.setattr(layout, "_LEAST", 1)
-
-    def broken(_: torch.Tensor, index: int) -> torch.Tensor:
-        raise ValueError(f"broken sample {index}")
-
-    with pytest.raises(FeedError, match="step 0: broken sample"):
-        ran(recipe(cache="off"), train=Own(broken), valid=None)
 
 
 def test_both_halves_have_features_of_their_own(tmp_path: Path) -> None:

@@ -1,51 +1,46 @@
-"""The memory layout of convolution weights: measured where a stage begins, and laid out as was decided.
+"""The memory layout of convolution weights: by rule, or tried in a stage's first steps.
 
-Values stay the same; sums are rounded in another order. So a layout is a decision that a run writes down, once, and that a
-resume takes over: `measured` decides and changes nothing, `apply_layout` does what was decided and measures nothing. This
-file must not know the loop.
+Values stay the same; sums are rounded in another order. So a layout is a decision that a run writes down, and that a resume
+takes over. This file must not know the loop.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from lehr.errors import RequestError
-from lehr.run.batches import leaves
+from lehr.run.facts import named
 from lehr.run.precision import Arithmetic, channels_last_pays
-from lehr.run.untouched import attributes_kept, state_kept, tensors_kept
-from lehr.run.update import Loss, placed, scalar_loss
 
 Name = Literal["contiguous", "channels_last"]
 TURNED_OFF_BY = "LEHR_LAYOUT"
-"""The environment variable that decides without measuring: `contiguous`, `channels_last`, or `rule`."""
+"""The environment variable that decides without trying: `contiguous`, `channels_last`, or `rule`."""
 _FORMATS: dict[Name, torch.memory_format] = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
 }
-_LEAST = 100_000  # convolution weights; below, no step is long enough for a layout to matter
-_FEWEST_STEPS = 600  # of which the six that are timed are 1 %
+_LEAST = 100_000  # convolution weights that train; below, no step is long enough for a layout to matter
+_FEWEST_STEPS = 100  # of which those that are tried are 6 %
 _CLEARLY = 0.95
 _SHORT = 0.005  # seconds of a step, below which clocks and other processes decide
-_ROUNDS = 3  # of both layouts: six steps in all
+_TRIED = 3  # steps in each layout
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How convolution weights lie in memory, and a sentence that says why; `seconds` are those of a step laid out
-    contiguous and channels-last, where it was measured.
-    """
+    """How convolution weights lie in memory, and a sentence that says why; whether a person has decided it (`is_given`)."""
 
     name: Name
     said: str
-    seconds: tuple[float, float] | None = None
+    is_given: bool = False
 
 
 def named_layout(name: str) -> Layout:
@@ -73,71 +68,87 @@ def by_rule(model: nn.Module, on: Arithmetic) -> Layout:
     asked = os.environ.get(TURNED_OFF_BY, "")
     if asked not in ("", "rule"):
         given = named_layout(asked).name
-        return Layout(given, f"convolution weights are laid out {_words(given)}: {TURNED_OFF_BY}={asked}")
+        said = f"convolution weights are laid out {_words(given)}: {TURNED_OFF_BY}={asked}"
+        return Layout(given, said, is_given=True)
     if _came_channels_last(model):
-        return Layout("channels_last", "convolution weights are laid out channels-last, as they came")
+        return Layout(
+            "channels_last", "convolution weights are laid out channels-last, as they came", is_given=True
+        )
     name: Name = "channels_last" if channels_last_pays(model, on) else "contiguous"
-    return Layout(name, f"convolution weights are laid out {_words(name)}, by what the network is made of")
+    said = f"convolution weights are laid out {_words(name)}, by what the network is made of"
+    return Layout(name, said, is_given=asked == "rule")
 
 
-def may_be_measured(model: nn.Module, on: Arithmetic, steps: int) -> bool:
-    """Whether there is something to gain from another layout, as far as can be told without a batch: time enough, enough
-    convolutions, and nobody who has decided.
+def may_be_tried(rule: Layout, model: nn.Module, on: Arithmetic, trained: frozenset[str], steps: int) -> bool:
+    """Whether a stage that trains these parameters for so many steps can gain from another layout than the rule's: time
+    enough, enough convolutions, and nobody who has decided.
     """
+    known = named(model)
+    training = {id(known[name]) for name in trained}
     return (
-        not os.environ.get(TURNED_OFF_BY, "")
+        not rule.is_given
         and steps >= _FEWEST_STEPS
         and on.device.type in ("cpu", "cuda")
-        and sum(w.numel() for w in _weights(model)) >= _LEAST
-        and not _came_channels_last(model)
+        and sum(w.numel() for w in _weights(model) if id(w) in training) >= _LEAST
     )
 
 
-def measured(
-    model: nn.Module,
-    batch: Any,
-    loss: Loss,
-    on: Arithmetic,
-    *,
-    steps: int,
-    keep: Iterable[nn.Module] = (),
-) -> Layout:
-    """The layout in which a step of `model` is faster, on this batch, here and now; six steps are timed, both in turn.
+class Trial:
+    """Both layouts tried in the first steps of a stage, which are steps like any other: three as the rule has it, three in the
+    other one. The first of each, which sets things up, does not count. The other is kept where its step is 5 % faster or more,
+    and takes 5 ms or more.
 
-    Model, gradients, buffers, batch and random states are afterwards as they were. The rule of
-    `precision.channels_last_pays` holds where the two are closer than 5 %, where the stage has fewer than 600 steps, or a
-    step takes less than 5 ms; it is the only word where nothing can be measured.
-
-    Args:
-        model: in the mode in which its stage has it, with what that freezes.
-        batch: a batch as the stage has it; `placed` on the device, if it is not there.
-        loss: the stage's loss function.
-        on: device and arithmetic.
-        steps: how many such steps follow.
-        keep: other modules that the loss runs, whose buffers are to stay as they are, too.
-
-    Raises:
-        RequestError: for an unknown word in the environment's `LEHR_LAYOUT`.
+    Example:
+        >>> trial = Trial(named_layout("contiguous"), torch.device("cpu"))
+        >>> [trial.at(number) for number in (0, 3)]
+        ['contiguous', 'channels_last']
+        >>> for seconds in (2.0, 0.9, 1.0, 2.0, 0.5, 0.6):
+        ...     trial.took(seconds)
+        >>> trial.decided().name
+        'channels_last'
     """
-    rule = by_rule(model, on)
-    if not may_be_measured(model, on, steps) or not any(tensor.ndim == 4 for tensor in leaves(batch)):
-        return rule
-    try:
-        times = _timed(model, placed(batch, on.device), loss, on, tuple(keep))
-    except Exception:  # what is wrong is found, and said, by the first step itself
-        return rule
-    plain, last = min(times["contiguous"]), min(times["channels_last"])
-    if min(plain, last) < _SHORT:
-        return Layout(rule.name, rule.said, (plain, last))
-    clear: Name | None = (
-        "channels_last" if last < _CLEARLY * plain else "contiguous" if plain < _CLEARLY * last else None
-    )
-    name = clear or rule.name
-    said = (
-        f"convolution weights are laid out {_words(name)}: a step takes {1e3 * last:.3g} ms channels-last and "
-        f"{1e3 * plain:.3g} ms contiguous here ({TURNED_OFF_BY}=contiguous or channels_last decides without measuring)"
-    )
-    return Layout(name, said, (plain, last))
+
+    steps = 2 * _TRIED
+
+    def __init__(self, rule: Layout, device: torch.device) -> None:
+        self._rule, self._device = rule, device
+        self._seconds: list[float] = []
+        self._other: Name = "contiguous" if rule.name == "channels_last" else "channels_last"
+
+    def at(self, number: int) -> Name:
+        """The layout of the stage's step `number`, of those that are tried."""
+        return self._rule.name if number < _TRIED else self._other
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """A step made in this context is timed."""
+        self._wait()
+        began = time.perf_counter()
+        yield
+        self._wait()
+        self.took(time.perf_counter() - began)
+
+    def took(self, seconds: float) -> None:
+        """Count a step's time."""
+        self._seconds.append(seconds)
+
+    def decided(self) -> Layout:
+        """The layout to go on with; the rule's where a run went on after a stop and did not see all of the steps."""
+        if len(self._seconds) < self.steps:
+            return self._rule
+        ours, theirs = min(self._seconds[1:_TRIED]), min(self._seconds[_TRIED + 1 :])
+        is_other = theirs < _CLEARLY * ours and ours >= _SHORT
+        name = self._other if is_other else self._rule.name
+        said = (
+            f"convolution weights are laid out {_words(name)} in this stage: a step takes {1e3 * ours:.3g} ms "
+            f"{_words(self._rule.name)} and {1e3 * theirs:.3g} ms {_words(self._other)} here "
+            f"({TURNED_OFF_BY}=contiguous or channels_last decides without trying)"
+        )
+        return Layout(name, said)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def apply_layout(model: nn.Module, layout: Layout) -> None:
@@ -159,13 +170,10 @@ def apply_layout(model: nn.Module, layout: Layout) -> None:
             weight.grad = weight.grad.contiguous(memory_format=form)
 
 
-def said(layout: Layout) -> tuple[str, ...]:
-    """What a person should know of a layout: nothing where it is the usual one and nothing was measured.
-
-    >>> said(named_layout("contiguous"))
-    ()
-    """
-    return (layout.said,) if layout.name != "contiguous" or layout.seconds else ()
+def laid_out(tensors: Sequence[torch.Tensor], name: Name) -> tuple[torch.Tensor, ...]:
+    """Images and feature maps in the layout of that name, others as they are."""
+    form = _FORMATS[name]
+    return tuple(t.contiguous(memory_format=form) if t.ndim == 4 else t for t in tensors)
 
 
 def _words(name: Name) -> str:
@@ -186,59 +194,3 @@ def _came_channels_last(model: nn.Module) -> bool:
     """Whether a person has laid the weights out so already; one of 1 x 1 lies in both ways."""
     told = [w for w in _weights(model) if not w.is_contiguous()]
     return bool(told) and all(w.is_contiguous(memory_format=torch.channels_last) for w in told)
-
-
-def _timed(
-    model: nn.Module, batch: Any, loss: Loss, on: Arithmetic, keep: tuple[nn.Module, ...]
-) -> dict[Name, list[float]]:
-    """Seconds of steps in each layout; the first of each, which sets things up, is left out."""
-    times: dict[Name, list[float]] = {name: [] for name in _FORMATS}
-    with ExitStack() as kept:
-        for module in (model, *keep):
-            kept.enter_context(attributes_kept(module))
-            kept.enter_context(state_kept(module, on.device))
-        kept.enter_context(tensors_kept(leaves(batch)))
-        kept.enter_context(_as_it_was(model, *keep))
-        for number in range(_ROUNDS):
-            for name in _FORMATS:
-                apply_layout(model, Layout(name, ""))
-                seconds = _step(model, batch, loss, on)
-                if number:
-                    times[name].append(seconds)
-    return times
-
-
-def _step(model: nn.Module, batch: Any, loss: Loss, on: Arithmetic) -> float:
-    """Seconds of a forward and backward pass."""
-    _wait(on.device)
-    began = time.perf_counter()
-    with on.autocast():
-        value = scalar_loss(loss(model, batch))
-    if value.requires_grad:
-        torch.autograd.backward(value)
-    _wait(on.device)
-    seconds = time.perf_counter() - began
-    for parameter in model.parameters():
-        parameter.grad = None
-    return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _as_it_was(*modules: nn.Module) -> Iterator[None]:
-    """The parameters have afterwards the very memory and gradients that they have now."""
-    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
-    before = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, data, gradient in before:
-            parameter.grad = None
-            parameter.data = data
-            parameter.grad = gradient

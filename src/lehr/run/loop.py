@@ -41,8 +41,7 @@ from lehr.run.facts import inspect, unwrap
 from lehr.run.files import write_tensors
 from lehr.run.folder import RunFolder, opened
 from lehr.run.happenings import decision_told, epoch_ended, run_ended, run_started, stage_started
-from lehr.run.laying_out import layout_of
-from lehr.run.layout import named_layout, said
+from lehr.run.layout import by_rule, named_layout
 from lehr.run.losses import LossSaid, judged_by, losses_of
 from lehr.run.optimizer import apply, optimizer
 from lehr.run.precision import arithmetic, slow_arithmetic
@@ -170,7 +169,7 @@ def fit(
         made=plan, model=model, optimizers=optimizers, losses=losses, feed=training, on=on,
         updates={name: Update(model, one, plan=plan, on=on, objective=name) for name, one in optimizers.items()},
         average=Ema(model, plan.ema) if plan.ema else None, best=Best(monitor, metrics, most=cadence.keep_best),
-        sign=lambda metric: 1.0 if higher_is_better(metric, metrics) else -1.0,
+        rule=by_rule(model, on), sign=lambda metric: 1.0 if higher_is_better(metric, metrics) else -1.0,
         caching=Caching(
             model, on, Path(out) if out else None, Path(cache_dir) if cache_dir else None,
             validation.samples if validation else 0,
@@ -182,12 +181,7 @@ def fit(
         resumed = (
             resumption(folder, plan, run.terms, on, how=resume) if folder and run.terms and resume else None
         )
-        layout = (
-            named_layout(resumed.found.snapshot.state.layout)
-            if resumed
-            else layout_of(plan, model, training, losses, on)
-        )
-        run.lay_out(layout)
+        run.lay_out(named_layout(resumed.found.snapshot.state.layout) if resumed else run.rule)
         seed_all(seed_of(plan.seed))  # spread over the 64 bits of which numpy takes the upper half
         torch.manual_seed(plan.seed)
         if resumed:
@@ -199,7 +193,11 @@ def fit(
         else:
             first: list[Event] = [run_started(plan, run.plan, training, validation, on)]
             told = resumed.notes if resumed else (*notes, *plan.notes)
-            here = (slow_arithmetic(on), *said(layout), tuning.said if tuning.is_tuned else "")
+            rule, tuned = (
+                run.rule.said if run.rule.name != "contiguous" else "",
+                tuning.said if tuning.is_tuned else "",
+            )
+            here = (slow_arithmetic(on), rule, tuned)
             first += [Note(note) for note in (*told, *filter(None, here))]
             try:
                 _recorded(
@@ -272,7 +270,7 @@ def _trained(run: Training, judge: Judge | None, tell: Tell, saver: Saver | None
     for index in range(run.stage, len(run.plan.stages)):
         stage, is_last = run.enter(index), index == len(run.plan.stages) - 1
         tell(stage_started(run.plan, stage))
-        cache = run.shorten(tell)
+        cache = run.hasten(tell)
         for epoch, start, end in stage.epoch_ranges():
             if epoch < run.epoch:
                 continue
@@ -285,7 +283,7 @@ def _trained(run: Training, judge: Judge | None, tell: Tell, saver: Saver | None
                 for step, window in run.steps(start, end):
                     apply(step, model, run.optimizers[step.objective])
                     samples = samples_in(window)
-                    watch.add(run.updates[step.objective](window, step.index), samples)
+                    watch.add(run.update(step, window, tell), samples)
                     if decision := run.done(step, samples):
                         watch.tell_all()
                         stage = run.decide(decision)

@@ -17,6 +17,7 @@ from lehr._version import __version__
 from lehr.cadence import Cadence
 from lehr.data.fingerprint import Fingerprint, fingerprint
 from lehr.errors import CheckpointError, RecipeError
+from lehr.events import Note
 from lehr.journal import Journal
 from lehr.planned_stage import Decision, PlannedStage
 from lehr.planning import Plan, Step
@@ -28,7 +29,7 @@ from lehr.run.ema import Ema
 from lehr.run.facts import unwrap
 from lehr.run.freezing import set_trainable
 from lehr.run.gate import Gate
-from lehr.run.layout import Layout, Name, apply_layout
+from lehr.run.layout import Layout, Name, Trial, apply_layout, may_be_tried, named_layout
 from lehr.run.losses import Losses, modules_of
 from lehr.run.precision import Arithmetic
 from lehr.run.randomness import Randomness, RandomState
@@ -76,6 +77,7 @@ class Training:
     losses: tuple[Losses, ...]
     feed: Feed
     on: Arithmetic
+    rule: Layout
     sign: Callable[[str], float]
     caching: Caching
     terms: Terms | None = None
@@ -94,6 +96,7 @@ class Training:
     gate: Gate | None = None
     cache: StageCache | None = None
     layout: Name = "contiguous"
+    trial: Trial | None = None
     plan: Plan = field(init=False)
     _copies: Copies = field(default_factory=Copies)
 
@@ -119,6 +122,7 @@ class Training:
             self.best.begin_stage(stage.first_epoch)
             self.frozen = frozen_digests(self.model, self.plan.trainable(stage))
             self.gauge = Gauge()
+            self.lay_out(self.rule)
         self.gate = Gate(stage, self.sign(stage.condition.metric) if stage.condition else 1.0, self.gauge)
         for turn in stage.turns:
             update = self.updates[turn.objective]
@@ -126,16 +130,20 @@ class Training:
             update.measure = self.gate.measure(turn.objective)
         return stage
 
-    def shorten(self, tell: Tell) -> StageCache:
-        """Let the stage go the short way, where there is one: what does not train is computed once a sample."""
+    def hasten(self, tell: Tell) -> StageCache:
+        """Let the stage go the short way, where there is one: what does not train is computed once a sample. Layouts are tried
+        where another may be faster.
+        """
         stage = self.plan.stages[self.stage]
+        trained = self.plan.trainable(stage)
+        may_try = stage.is_plain and may_be_tried(self.rule, self.model, self.on, trained, stage.steps)
+        self.trial = Trial(self.rule, self.on.device) if may_try else None
         loss = self.losses[stage.index].get("")
-        set_trainable(
-            self.model, self.plan.trainable(stage)
-        )  # the way is found before the stage's first step
+        set_trainable(self.model, trained)  # the way is found before the stage's first step
         self.cache = StageCache(
-            self.caching, self.plan, stage, self.feed, loss, tell=tell, at=lambda: self.step
-        )
+            self.caching, self.plan, stage, self.feed, loss, tell=tell, at=lambda: self.step,
+            layout=lambda: self.layout if self.trial else None,
+        )  # fmt: skip
         if self.cache.train:
             self.updates[""].loss = self.cache.train.loss
         return self.cache
@@ -183,6 +191,21 @@ class Training:
                     break
             if self.step == before or self.plan is plan:
                 return  # the windows have run out
+
+    def update(self, step: Step, window: Window, tell: Tell) -> torch.Tensor:
+        """Make the step; in a layout that is tried, where one is."""
+        update, trial = self.updates[step.objective], self.trial
+        number = step.index - self.plan.stages[self.stage].start
+        if trial is None or number >= trial.steps:
+            return update(window, step.index)
+        self.lay_out(named_layout(trial.at(number)))
+        with trial.timed():
+            loss = update(window, step.index)
+        if number == trial.steps - 1:
+            found = trial.decided()
+            self.lay_out(found)
+            tell(Note(found.said))
+        return loss
 
     def done(self, step: Step, samples: int) -> Decision | None:
         """The step is done: what its stage's `until` decides on it."""

@@ -28,6 +28,7 @@ from lehr.run.cache.kept import Kept, digests_of, key_of
 from lehr.run.cache.known import Known
 from lehr.run.cache.store import Store, merged, place_for, row_bytes
 from lehr.run.cache.ways import Halfway, TooLittle, Wanted, Way, check_worth, find_way, through_suffix
+from lehr.run.layout import Name, laid_out
 from lehr.run.precision import Arithmetic
 from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.sampler import Feed, Window, view_of
@@ -70,7 +71,7 @@ class Terms:
     `data` is which half of the data it is for. `found` is told of the way that was found, `lost` why there is none, `said`
     what else a person should know. `again` looks whether samples are the same again: why not, and whether that is news. Of
     an average (`is_average`) the weights are written at every step, also where they stay the same. Where `is_fresh`, samples
-    that draw random numbers are others each time.
+    that draw random numbers are others each time. `layout` is how features are to lie, None: as they come.
     """
 
     data: str
@@ -85,6 +86,7 @@ class Terms:
     cache_dir: Path | None = None
     is_average: bool = False
     is_fresh: bool = False
+    layout: Callable[[], Name | None] = lambda: None
 
     @property
     def views(self) -> int:
@@ -119,6 +121,8 @@ class Shortcut:
         if not isinstance(batch, Halfway):
             return self._loss(model, batch)
         assert self.way is not None
+        if name := self._terms.layout():
+            batch = batch._replace(features=laid_out(batch.features, name))
         try:
             return through_suffix(self.way, self._loss)(model, batch)
         except CannotSplit as why:

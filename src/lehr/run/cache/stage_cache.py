@@ -23,6 +23,7 @@ from lehr.run.cache.store import Store
 from lehr.run.cache.ways import Wanted, Way
 from lehr.run.facts import named, unwrap
 from lehr.run.freezing import is_frozen
+from lehr.run.layout import Name
 from lehr.run.precision import Arithmetic
 from lehr.run.sampler import Feed
 from lehr.run.update import Loss
@@ -50,7 +51,8 @@ class Caching:
 class StageCache:
     """The shortcuts of one stage of `plan`: one for training on `feed`, one for validation, each found with its first batch.
 
-    `loss` is the stage's loss function; None where objectives take turns. `at` says how many updates are done.
+    `loss` is the stage's loss function; None where objectives take turns. `at` says how many updates are done, and `layout` how features
+    are to lie, if that is not for the frozen part to say.
 
     Raises:
         RecipeError: where the stage requires a cache and there can be none.
@@ -58,9 +60,10 @@ class StageCache:
 
     def __init__(
         self, caching: Caching, plan: Plan, stage: PlannedStage, feed: Feed, loss: Loss | None, *,
-        tell: Tell, at: Callable[[], int],
+        tell: Tell, at: Callable[[], int], layout: Callable[[], Name | None] = lambda: None,
     ) -> None:  # fmt: skip
         self._caching, self._plan, self._stage, self._tell, self._at = caching, plan, stage, tell, at
+        self._layout = layout
         self._valid: Shortcut | None = None
         self.train: Shortcut | None = None
         why, is_news = why_not(plan, stage, feed) if loss else (_TURNS, False)
@@ -106,7 +109,7 @@ class StageCache:
             data, plan.trainable(stage), wanted, caching.on, found=partial(self._found, data), lost=partial(self._lost, data),
             said=lambda text: tell(Note(text)), again=partial(not_again, plan, stage, feed, "fresh" if data == _VALIDATION else views),
             folder=caching.folder, cache_dir=caching.cache_dir, is_average=is_average,
-            is_fresh=data == _VALIDATION or views == "fresh",
+            is_fresh=data == _VALIDATION or views == "fresh", layout=self._layout if data == _TRAINING else lambda: None,
         )  # fmt: skip
 
     def _found(self, data: str, way: Way, store: Store) -> None:
