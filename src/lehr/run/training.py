@@ -21,6 +21,7 @@ from lehr.events import Note
 from lehr.journal import Journal
 from lehr.planned_stage import Decision, PlannedStage
 from lehr.planning import Plan, Step
+from lehr.run.allocator import give_back
 from lehr.run.audit import Digests, audit, frozen_digests
 from lehr.run.best import Best
 from lehr.run.cache.stage_cache import Caching, StageCache
@@ -113,6 +114,7 @@ class Training:
         self.layout = layout.name
         for model in (self.model, *([self.average.model] if self.average else [])):
             apply_layout(model, layout)
+        give_back()
 
     def enter(self, index: int) -> PlannedStage:
         """Be in the stage: at its start, unless the run was resumed within it."""

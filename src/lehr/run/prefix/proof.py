@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lehr.run.allocator import give_back
 from lehr.run.facts import named, unwrap
 from lehr.run.prefix.analysis import Halves
 from lehr.run.prefix.cuts import Call, CannotSplit
@@ -71,8 +72,10 @@ def prove(
             features = checks.features(tensors)
             checks.stored(features, store)
             checks.samples(features)
-            checks.nearly_exact(features)
-            checks.suffix(features, loss)
+            give_back()  # each pass takes other blocks
+            exact = checks.exact(features)
+            give_back()
+            checks.suffix(exact, loss)
             return features
         except CannotSplit:
             raise
@@ -139,14 +142,15 @@ class _Checks:
                 "beside it; a layer that mixes samples has to be behind what is frozen"
             )
 
-    def nearly_exact(self, features: tuple[torch.Tensor, ...]) -> None:
-        """The features of the faster form are to be a rounding of the exact ones."""
+    def exact(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The exact features, of which these are to be a rounding; behind the cut both forms of the halves are the same."""
         if self.halves.exact is None:
-            return
-        args, kwargs = self.form.call([t[:_FEW] for t in self.tensors])
+            return features
+        args, kwargs = self.form.call(self.tensors)
         exact = self.halves.exact.prefix(*args, **kwargs)
-        if not all(near(one, f[:_FEW], self.near * _CLOSER) for one, f in zip(exact, features, strict=True)):
+        if not all(near(one, other, self.near * _CLOSER) for one, other in zip(exact, features, strict=True)):
             raise CannotSplit(f"the faster form of the part up to {self.after} gives other features")
+        return exact
 
     def stored(self, features: tuple[torch.Tensor, ...], store: torch.dtype | None) -> None:
         """Nothing is to overflow in the type in which it is stored."""
@@ -160,16 +164,7 @@ class _Checks:
                 )
 
     def suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
-        """The suffix is to go on as the model does; where rounded features make a difference to it, from the exact ones."""
-        try:
-            self._suffix(features, loss)
-        except CannotSplit:
-            if self.halves.exact is None:
-                raise
-            args, kwargs = self.form.call(self.tensors)
-            self._suffix(self.halves.exact.prefix(*args, **kwargs), loss)
-
-    def _suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
+        """The suffix is to go on as the model does."""
         if loss is None or not torch.is_grad_enabled():
             self.outputs(features)
         if loss is not None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -198,8 +198,10 @@ def _by_fx(root: _Flat, tensors: Sequence[torch.Tensor]) -> Traced:
 
 
 def _notraced() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
-    """What timm says that fx cannot look into."""
-    models: Any = import_module("timm.models")
+    """What timm says that fx cannot look into; where timm is not loaded, nothing of it is in the model."""
+    models: Any = sys.modules.get("timm.models")
+    if models is None:
+        return (), ()
     return tuple(models.get_notrace_modules()), tuple(models.get_notrace_functions())
 
 

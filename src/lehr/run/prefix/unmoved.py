@@ -16,6 +16,7 @@ from lehr.run.prefix.cuts import CannotSplit
 
 _PLAIN = (bool, int, float, str, type(None))
 _MODE = "training"
+_PIECE = 1 << 18
 
 
 @contextmanager
@@ -51,10 +52,11 @@ def unmoved(model: nn.Module, *, copied: bool) -> Iterator[None]:
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of what lies in its memory, read as whole numbers."""
+    """The sum of what lies in its memory, read as whole numbers; in pieces, since torch widens what it sums."""
     memory = tensor.untyped_storage()
     kind = torch.uint8 if memory.nbytes() % 4 else torch.int32
-    return torch.empty(0, dtype=kind, device=tensor.device).set_(memory).sum()
+    words = torch.empty(0, dtype=kind, device=tensor.device).set_(memory)
+    return torch.stack([piece.sum() for piece in torch.split(words, _PIECE)]).sum() if len(words) else words
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
