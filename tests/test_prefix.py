@@ -34,6 +34,14 @@ class Two(nn.Module):
         return self.head(self.between(self.body(x)))
 
 
+class MixesOneOfEight(nn.Module):
+    """Adds the batch's mean to one channel that is small beside the others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = torch.eye(8)[0]
+        return torch.addcmul(x * (2e3 - 2e3 * first + first), x.mean(0), first)
+
+
 def batch(size: int = 5) -> Call:
     return Call((torch.randn(size, 6),), {})
 
@@ -102,8 +110,9 @@ def test_tied_weights_are_named() -> None:
         lambda x: x - x.mean(0),
         lambda x: x.flip(0),
         lambda x: x.sort(0).values,
+        MixesOneOfEight(),
     ],
-    ids=["statistics", "no statistics", "dropout", "functional", "noise", "mean", "flip", "sort"],
+    ids=["statistics", "no statistics", "dropout", "functional", "noise", "mean", "flip", "sort", "small"],
 )
 def test_what_changes_is_behind_the_cut(between: Any) -> None:
     """Batch statistics, random numbers and whatever mixes the samples of a batch come after the cut, also without parameters."""

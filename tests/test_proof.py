@@ -143,6 +143,39 @@ def test_wrong_prefixes_are_refused(words: str) -> None:
     assert_as_before(before, state(model))
 
 
+def _small(model: Network, x: torch.Tensor, wrong: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Features of which the last is thousands of times smaller than the others, and wrong."""
+    seen = model.body(x)
+    return torch.cat([1e4 * seen[:, :-1], wrong(seen[:, -1:])], 1)
+
+
+def test_a_small_feature_is_seen_beside_large_ones() -> None:
+    """Samples that mix in one small feature alone are refused, and a small output that is wrong beside large ones."""
+    model, halves, call = made(training=False)
+    mixing = with_prefix(halves, lambda x: ([_small(model, x, lambda last: last - last.mean(0))], ()))
+    own = halves._second.module.forward
+    scale = torch.tensor([1e4, 1e4, 1.0])
+    model.head.append(Scaled(scale))
+    wrong = with_suffix(halves, lambda n, f: [own(n, f)[0] * scale * torch.tensor([1.0, 1.0, 1.2])])
+    with torch.no_grad():
+        with pytest.raises(CannotSplit, match="when its batch is"):
+            proved(model, mixing, call)
+        proved(model, with_suffix(halves, lambda n, f: [own(n, f)[0] * scale]), call)
+        with pytest.raises(CannotSplit, match="returns something else"):
+            proved(model, wrong, call)
+
+
+class Scaled(nn.Module):
+    """Each number times one of its own."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
 def test_wrong_outputs_are_refused() -> None:
     """In evaluation, other outputs are refused, and the same ones in another form."""
     model, halves, call = made(training=False)

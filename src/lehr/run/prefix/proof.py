@@ -19,7 +19,7 @@ from lehr.run.facts import named, unwrap
 from lehr.run.prefix.analysis import Halves
 from lehr.run.prefix.cuts import Call, CannotSplit
 from lehr.run.prefix.forms import Form, at_least
-from lehr.run.prefix.nearness import near, tolerance
+from lehr.run.prefix.nearness import Tolerance, near, tolerance
 from lehr.run.randomness import Randomness, RandomState
 from lehr.run.untouched import (
     Mark,
@@ -101,7 +101,7 @@ class _Checks:
     form: Form
     tensors: list[torch.Tensor]
     randomness: Randomness
-    near: float
+    near: Tolerance
 
     def features(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the prefix gives, which is to change nothing by the way."""
@@ -145,7 +145,8 @@ class _Checks:
             return
         args, kwargs = self.form.call([t[:_FEW] for t in self.tensors])
         exact = self.halves.exact.prefix(*args, **kwargs)
-        if not all(near(one, f[:_FEW], self.near * _CLOSER) for one, f in zip(exact, features, strict=True)):
+        closer = self.near._replace(whole=self.near.whole * _CLOSER)
+        if not all(near(one, f[:_FEW], closer) for one, f in zip(exact, features, strict=True)):
             raise CannotSplit(f"the faster form of the part up to {self.after} gives other features")
 
     def stored(self, features: tuple[torch.Tensor, ...], store: torch.dtype | None) -> None:
@@ -235,7 +236,7 @@ class _Checks:
                 if found is not expected:
                     return name
                 continue
-            allowed = self.near * max(_norm([expected]), _SMALL_PART * size)
+            allowed = self.near.whole * max(_norm([expected]), _SMALL_PART * size)
             if shaken and (moved := shaken.gradients[name]) is not None:
                 most = _MOST * max(_norm([expected]), _SMALL_PART * size)
                 allowed = max(allowed, min(_TIMES * _norm([moved - found]), most))

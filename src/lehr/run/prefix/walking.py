@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.prefix.forms import at_least
-from lehr.run.prefix.nearness import near, tolerance
+from lehr.run.prefix.nearness import Tolerance, near, tolerance
 from lehr.run.prefix.seen import Affine, Seen, Sizes, Tensor, Unclear, rebuilt_sequence
 from lehr.run.prefix.tracing import Traced
 from lehr.run.untouched import Mark, attributes_kept, kept_state, quiet, state_kept
@@ -81,7 +81,9 @@ def walk(
 
 
 class _Walker:
-    def __init__(self, traced: Traced, memory: Memory, near: float, buffers: Iterable[torch.Tensor]) -> None:
+    def __init__(
+        self, traced: Traced, memory: Memory, near: Tolerance, buffers: Iterable[torch.Tensor]
+    ) -> None:
         self.traced, self.memory, self.near = traced, memory, near
         self.buffers = {id(buffer) for buffer in buffers}
         self.values: dict[fx.Node, tuple[Any, Any]] = {}
@@ -165,7 +167,7 @@ class _Walker:
 class _Compared:
     """Values of the two batches side by side; `mixes` and `same` gather what is found."""
 
-    near: float
+    near: Tolerance
     mixes: bool = False
     same: bool = True
 
@@ -216,7 +218,8 @@ class _Compared:
         )
         if not by_sample or not rows:
             return Tensor(0, tuple(a.shape), a.dtype)
-        if not near(a.reshape(SMALL, -1), b.reshape(LARGE, -1)[_SHARED.to(b.device)], self.near):
+        small, large = (t.reshape(n, rows // SMALL, *t.shape[1:]) for t, n in ((a, SMALL), (b, LARGE)))
+        if not near(small, large[_SHARED.to(b.device)], self.near):
             self.mixes = True
         return Tensor(rows // SMALL, tuple(a.shape[1:]), a.dtype)
 
