@@ -212,6 +212,30 @@ def test_rounding_is_no_other_gradient() -> None:
         proved(model, off(2e-2), call)
 
 
+class ScaledDown(Network):
+    """Has a part whose gradients are a million times smaller than others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.scale = nn.Linear(8, 3), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.body(x)
+        return self.head(seen) + self.scale * self.branch(seen)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x.detach() + 0 * x, lambda x: x * x.new_tensor([1.0, 1.0, 0.9])])
+def test_small_gradients_are_compared(wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A gradient that is far smaller than others and wrong, or missing, is refused by its parameter's name."""
+    model, call = ScaledDown(), Call((torch.randn(5, 6),), {})
+    halves = halves_of(model, call, "head", "branch")
+    right = with_suffix(halves, lambda _, f: [model.head(f) + 1e-6 * model.branch(f)])
+    proved(model, right, call)
+    off = with_suffix(halves, lambda _, f: [model.head(f) + 1e-6 * wrong(model.branch(f))])
+    with pytest.raises(CannotSplit, match=r"branch\.(weight|bias) gets another gradient"):
+        proved(model, off, call)
+
+
 def test_a_loss_that_fails() -> None:
     """An error in the loss function is no crash, and everything is as before."""
     model, halves, call = made()
