@@ -109,6 +109,38 @@ def test_sizes_follow_the_batch(function: Any) -> None:
     check(function)
 
 
+@pytest.mark.parametrize(
+    "like",
+    [
+        lambda x: torch.zeros_like(x),
+        lambda x: torch.ones_like(x),
+        lambda x: torch.full_like(x, 0.5, dtype=torch.float64).float(),
+        lambda x: x.new_zeros(x.shape[0], 8),
+        lambda x: x.new_full((8,), 2.0),
+        lambda x: x.new_tensor([1.0, 2.0]).repeat(4),
+        lambda x: torch.zeros_like(x.view(-1, 4)).add_(3).view(x.size(0), -1),
+        lambda x: torch.zeros_like(x.t()).t(),
+        lambda x: torch.zeros_like(input=x),
+    ],
+    ids=["zeros", "ones", "type", "new", "constant", "tensor", "in place", "turned", "by name"],
+)
+def test_tensors_like_one_before_the_cut(like: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A tensor behind the cut that is like one before it needs its sizes alone, which are made from the batch's size."""
+    analysis = check(lambda m, x: m.head(m.second(seen := m.first(x)) * m.head.weight.sum() + like(seen)))
+    assert analysis.cuts[0].after == "second"
+
+
+def test_tensors_filled_with_what_depends_on_values() -> None:
+    """A tensor like another that is filled with a number from the values of a third depends on these."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        seen = m.first(x)
+        largest = torch.full_like(seen, seen.detach().amax().item())
+        return m.head(m.second(seen) + largest * m.head.weight.sum())
+
+    assert [cut.after for cut in check(function).cuts] == ["first"]
+
+
 def test_more_rows_than_samples() -> None:
     """A value that has several rows for each sample, sample by sample, crosses as rows of samples."""
     analysis = check(

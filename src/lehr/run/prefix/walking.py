@@ -216,12 +216,13 @@ class _Compared:
             and rows * LARGE == len(b) * SMALL
             and a.shape[1:] == b.shape[1:]
         )
+        sizes = self.value(a.shape, b.shape)
         if not by_sample or not rows:
-            return Tensor(0, tuple(a.shape), a.dtype)
+            return Tensor(0, tuple(a.shape), a.dtype, a.device, sizes)
         small, large = (t.reshape(n, rows // SMALL, *t.shape[1:]) for t, n in ((a, SMALL), (b, LARGE)))
         if not near(small, large[_SHARED.to(b.device)], self.near):
             self.mixes = True
-        return Tensor(rows // SMALL, tuple(a.shape[1:]), a.dtype)
+        return Tensor(rows // SMALL, tuple(a.shape[1:]), a.dtype, a.device, sizes)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
