@@ -175,7 +175,9 @@ def _suffix(
     for node in later:
         if node in values:
             writer.put(node, values[node])
-        elif node in sizes or (node in parts.found.free and is_size(seen[node]) and seen[node].same):
+        elif node in sizes or (
+            node.op != "get_attr" and node in parts.found.free and is_size(seen[node]) and seen[node].same
+        ):
             writer.at[node] = writer.made(seen[node].value, batch)
         else:
             gone = first if (first := unread_by(node)) not in writer.at else None
