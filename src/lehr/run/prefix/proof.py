@@ -23,12 +23,15 @@ from lehr.run.prefix.nearness import Tolerance, near, tolerance
 from lehr.run.randomness import Randomness, RandomState
 from lehr.run.untouched import (
     Mark,
+    attributes_kept,
     in_eval,
     kept_state,
+    same_bits,
     same_random,
     state_kept,
     tensors_kept,
     without_caches,
+    without_compiling,
 )
 
 Judged = Callable[[Any], torch.Tensor]
@@ -66,6 +69,7 @@ def prove(
             kept.enter_context(one)
         torch.clear_autocast_cache()
         try:
+            checks.again()
             features = checks.features(tensors)
             checks.stored(features, store)
             checks.samples(features)
@@ -82,6 +86,8 @@ def prove(
             torch.clear_autocast_cache()
 
 
+_PAIR = 2
+"""Samples that the whole model is run on again."""
 _FEW = 4
 """Samples that are computed again, for what costs a pass through the frozen part each time."""
 _CLOSER = 0.1
@@ -98,6 +104,30 @@ class _Checks:
     tensors: list[torch.Tensor]
     randomness: Randomness
     near: Tolerance
+
+    def again(self) -> None:
+        """The model is to give the same once more, with the same random numbers: to the bit, on a CPU. Elsewhere sums may be
+        taken in another order each time.
+        """
+        if self.randomness.device.type != "cpu":
+            return
+        tensors = [t[:_PAIR] for t in at_least(self.tensors, _PAIR)]
+        once, twice = self._run(tensors), self._run(tensors)
+        if not all(map(same_bits, once, twice)):
+            raise CannotSplit(
+                "the model gives something else when it is run again on the same samples with the same random numbers, so it "
+                "draws some from a generator of its own; put the layers that do it in eval mode"
+            )
+
+    def _run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors that the model returns, which is afterwards as before."""
+        own = unwrap(self.model)
+        args, kwargs = self.form.call([t.clone() for t in tensors])
+        with (
+            state_kept(own, self.randomness.device), attributes_kept(own), without_compiling(own), torch.no_grad()
+        ):  # fmt: skip
+            returned = pytree.tree_leaves(own(*args, **kwargs))
+        return [leaf for leaf in returned if isinstance(leaf, torch.Tensor)]
 
     def features(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the prefix gives, which is to change nothing by the way."""
