@@ -173,6 +173,21 @@ def test_constants_are_kept_once() -> None:
     assert any(t.shape == (1, 1, 8) for t in halves.reads)  # a change of it makes the constant another one
 
 
+def test_tensors_in_attributes_of_a_layer() -> None:
+    """What a layer that is called as a whole keeps in a plain attribute is read by it: it counts among what decides the
+    features, and where it trains, the layer comes behind the cut."""
+    call = Call((torch.randn(5, 6),), {})
+    for kept, after in [(torch.ones(8), "second"), (None, "first")]:
+        model = Function(lambda m, x: m.head(m.second(m.first(x))))
+        held = kept if kept is not None else model.head.bias[:1].detach().expand(8)
+        model.second.held = [held]
+        model.second.register_forward_pre_hook(lambda m, x: (x[0] + m.held[0],))
+        halves = halves_of(model, call, "head")
+        assert halves.cut.after == after
+        assert any(t is held for t in halves.reads) == (after == "second")
+        proved(model, halves, call)
+
+
 def test_several_tensors_and_parts_of_a_tuple() -> None:
     """Several tensors may cross, and of a tuple those that are used."""
 

@@ -19,6 +19,7 @@ from lehr.run.prefix.pureness import Purity, read_by, unread_by
 from lehr.run.prefix.seen import Seen, Tensor, filled, rebuilt_sequence, tensors_of
 from lehr.run.prefix.tracing import Traced
 from lehr.run.prefix.walking import SMALL
+from lehr.run.untouched import kept_state
 
 
 @dataclass(frozen=True)
@@ -238,11 +239,11 @@ def _needed_for(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def state_read(traced: Traced, nodes: Iterable[fx.Node]) -> tuple[torch.Tensor, ...]:
-    """The parameters and buffers that these nodes read, each once."""
+    """The parameters, buffers and tensors in attributes that these nodes read, each once."""
     found: dict[int, torch.Tensor] = {}
     for node in sorted(nodes):
         held = traced.target(node) if node.op in ("get_attr", "call_module") else None
-        tensors = (*held.parameters(), *held.buffers()) if isinstance(held, nn.Module) else (held,)
+        tensors = (*held.parameters(), *kept_state(held)) if isinstance(held, nn.Module) else (held,)
         found.update({id(t): t for t in tensors if isinstance(t, torch.Tensor)})
     return tuple(found.values())
 

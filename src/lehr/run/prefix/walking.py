@@ -38,9 +38,9 @@ class Memory:
 
     @classmethod
     def of(cls, model: nn.Module) -> Memory:
-        """The groups of a model's parameters and buffers."""
+        """The groups of a model's parameters and of what it keeps besides."""
         memory = cls()
-        memory.keep((*model.parameters(), *model.buffers()))
+        memory.keep(_state_of(model))
         return memory
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -247,7 +247,7 @@ def _place(tensor: torch.Tensor) -> int:
 
 
 def _state_of(module: Any) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+    return [*module.parameters(), *kept_state(module)] if isinstance(module, nn.Module) else []
 
 
 def _refuse_writing(node: fx.Node, traced: Traced) -> None:
