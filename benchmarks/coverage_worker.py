@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,11 +16,10 @@ from coverage_models import Case, case
 from lehr.run.facts import named
 from lehr.run.freezing import set_trainable
 from lehr.run.prefix.analysis import Call, CannotSplit, Halves, analyse, choose
+from lehr.run.prefix.gradients import apart, shaken
 from lehr.run.prefix.proof import prove
 
 BATCH, OTHER = 3, 2
-SMALL = 1e-3
-"""Gradients of less than this share of all are compared with that share."""
 NEAR, ROUNDED = 1e-5, 1e-4
 """How far from the whole model the halves may be, and from the exact features those of the faster prefix."""
 
@@ -106,7 +105,7 @@ def _alone(halves: Halves, call: Any) -> float:
     args, kwargs = call(BATCH)
     whole = halves.prefix(*args, **kwargs)
     alone = halves.prefix(*(a[:1] for a in args), **{k: v[:1] for k, v in kwargs.items()})
-    return max(_distance(f[:1], g, 0.0) for f, g in zip(whole, alone, strict=True))
+    return max(_distance(f[:1], g) for f, g in zip(whole, alone, strict=True))
 
 
 def _bytes(halves: Halves, made: Case) -> int:
@@ -132,18 +131,23 @@ def _off(model: nn.Module, halves: Halves, call: Any, mode: str) -> float:
     """
     torch.manual_seed(2)
     args, kwargs = call(OTHER)
-    for path in halves.stilled:
-        for module in model.get_submodule(path).modules():
-            module.training = False
+    stilled = {m for path in halves.stilled for m in model.get_submodule(path).modules()}
     configs = [c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)]
-    for config in configs:
-        config.use_cache = False
-    whole = _run(model, lambda: model(*args, **kwargs), mode)
-    for config in configs:
-        config.use_cache = True
-    ours = _run(model, lambda: halves.suffix(halves.prefix(*args, **kwargs)), mode)
-    model.train(mode == "train")
-    return _furthest(whole, ours)
+    try:
+        for module in stilled:
+            module.training = False
+        for config in configs:
+            config.use_cache = False
+        whole = _run(model, lambda: model(*args, **kwargs), mode)
+    finally:
+        for config in configs:
+            config.use_cache = True
+        model.train(mode == "train")
+    features = halves.prefix(*args, **kwargs)
+    moved = tuple(map(shaken, features))
+    ours, again = (_run(model, lambda f=f: halves.suffix(f), mode) for f in (features, moved))
+    off = apart(whole.gradients, ours.gradients, again.gradients)
+    return max(_furthest(whole.values, ours.values), *off.values(), 0.0)
 
 
 def _rounded(halves: Halves, fast: Halves, call: Any) -> float:
@@ -152,41 +156,45 @@ def _rounded(halves: Halves, fast: Halves, call: Any) -> float:
         return 0.0
     args, kwargs = call(OTHER)
     both = zip(halves.prefix(*args, **kwargs), fast.prefix(*args, **kwargs), strict=True)
-    return max(_distance(exact, rounded, 0.0) for exact, rounded in both)
+    return max(_distance(exact, rounded) for exact, rounded in both)
 
 
 def _furthest(whole: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> float:
     if whole.keys() != ours.keys():
         return float("inf")
-    size = sum(float(t.double().norm()) ** 2 for k, t in whole.items() if k.startswith("gradient")) ** 0.5
-    return max(
-        _distance(t, ours[key], SMALL * size if key.startswith("gradient") else 0.0)
-        for key, t in whole.items()
-    )
+    return max(_distance(t, ours[key]) for key, t in whole.items())
 
 
-def _run(model: nn.Module, forward: Callable[[], Any], mode: str) -> dict[str, torch.Tensor]:
+class _Ran(NamedTuple):
+    values: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor | None]
+
+
+def _run(model: nn.Module, forward: Callable[[], Any], mode: str) -> _Ran:
+    """Outputs and buffers, and the gradients of what trains; the model is afterwards as before."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     torch.manual_seed(3)
-    found: dict[str, torch.Tensor] = {}
-    with torch.set_grad_enabled(mode == "train"):
-        output = forward()
-        leaves, spec = pytree.tree_flatten(output)
-        found |= {
-            f"output {n} {spec}"[:200]: t.detach()
-            for n, t in enumerate(leaves)
-            if isinstance(t, torch.Tensor)
-        }
-        if mode == "train":
-            model.zero_grad()
-            _loss(output).backward()
-            found |= {f"gradient {n}": p.grad for n, p in named(model).items() if p.grad is not None}
-            found |= {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
-            model.zero_grad()
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
-    return found
+    gradients: dict[str, torch.Tensor | None] = {}
+    try:
+        with torch.set_grad_enabled(mode == "train"):
+            output = forward()
+            leaves, spec = pytree.tree_flatten(output)
+            values = {
+                f"output {n} {spec}"[:200]: t.detach()
+                for n, t in enumerate(leaves)
+                if isinstance(t, torch.Tensor)
+            }
+            if mode == "train":
+                model.zero_grad()
+                _loss(output).backward()
+                gradients = {n: p.grad for n, p in named(model).items() if p.requires_grad}
+                values |= {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
+    finally:
+        model.zero_grad()
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
+    return _Ran(values, gradients)
 
 
 def _loss(output: Any) -> torch.Tensor:
@@ -199,12 +207,12 @@ def _loss(output: Any) -> torch.Tensor:
     return total
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor, least: float) -> float:
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
     if torch.equal(a, b):
         return 0.0
-    return float((a.double() - b.double()).norm() / max(float(a.double().norm()), least, 1e-30))
+    return float((a.double() - b.double()).norm() / max(float(a.double().norm()), 1e-30))
 
 
 def _state(model: nn.Module) -> list[Any]:

@@ -109,6 +109,38 @@ def test_sizes_follow_the_batch(function: Any) -> None:
     check(function)
 
 
+@pytest.mark.parametrize(
+    "like",
+    [
+        lambda x: torch.zeros_like(x),
+        lambda x: torch.ones_like(x),
+        lambda x: torch.full_like(x, 0.5, dtype=torch.float64).float(),
+        lambda x: x.new_zeros(x.shape[0], 8),
+        lambda x: x.new_full((8,), 2.0),
+        lambda x: x.new_tensor([1.0, 2.0]).repeat(4),
+        lambda x: torch.zeros_like(x.view(-1, 4)).add_(3).view(x.size(0), -1),
+        lambda x: torch.zeros_like(x.t()).t(),
+        lambda x: torch.zeros_like(input=x),
+    ],
+    ids=["zeros", "ones", "type", "new", "constant", "tensor", "in place", "turned", "by name"],
+)
+def test_tensors_like_one_before_the_cut(like: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A tensor behind the cut that is like one before it needs its sizes alone, which are made from the batch's size."""
+    analysis = check(lambda m, x: m.head(m.second(seen := m.first(x)) * m.head.weight.sum() + like(seen)))
+    assert analysis.cuts[0].after == "second"
+
+
+def test_tensors_filled_with_what_depends_on_values() -> None:
+    """A tensor like another that is filled with a number from the values of a third depends on these."""
+
+    def function(m: Function, x: torch.Tensor) -> torch.Tensor:
+        seen = m.first(x)
+        largest = torch.full_like(seen, seen.detach().amax().item())
+        return m.head(m.second(seen) + largest * m.head.weight.sum())
+
+    assert [cut.after for cut in check(function).cuts] == ["first"]
+
+
 def test_more_rows_than_samples() -> None:
     """A value that has several rows for each sample, sample by sample, crosses as rows of samples."""
     analysis = check(
@@ -141,6 +173,21 @@ def test_constants_are_kept_once() -> None:
     assert any(t.shape == (1, 1, 8) for t in halves.reads)  # a change of it makes the constant another one
 
 
+def test_tensors_in_attributes_of_a_layer() -> None:
+    """What a layer that is called as a whole keeps in a plain attribute is read by it: it counts among what decides the
+    features, and where it trains, the layer comes behind the cut."""
+    call = Call((torch.randn(5, 6),), {})
+    for kept, after in [(torch.ones(8), "second"), (None, "first")]:
+        model = Function(lambda m, x: m.head(m.second(m.first(x))))
+        held = kept if kept is not None else model.head.bias[:1].detach().expand(8)
+        model.second.held = [held]
+        model.second.register_forward_pre_hook(lambda m, x: (x[0] + m.held[0],))
+        halves = halves_of(model, call, "head")
+        assert halves.cut.after == after
+        assert any(t is held for t in halves.reads) == (after == "second")
+        proved(model, halves, call)
+
+
 def test_several_tensors_and_parts_of_a_tuple() -> None:
     """Several tensors may cross, and of a tuple those that are used."""
 
@@ -154,17 +201,14 @@ def test_several_tensors_and_parts_of_a_tuple() -> None:
 
 
 def test_numbers_that_depend_on_values() -> None:
-    """A number that is read from a tensor's values is no constant, and does not cross."""
+    """A number that is read from a tensor's values is no constant, and does not cross: it is read again behind the cut."""
 
     def function(m: Function, x: torch.Tensor) -> torch.Tensor:
         seen = m.second(m.first(x))
         return m.head(seen * m.head.weight.mean()) * seen.abs().amax().item()
 
-    model, call = Function(function), Call((torch.randn(5, 6),), {})
-    for cut in analysed(model, call, "head").cuts:
-        halves = analysed(model, call, "head").split
-        assert all(crossing.shape for crossing in cut.crossings)
-        assert halves is not None
+    analysis = check(function)
+    assert [[c.shape for c in cut.crossings] for cut in analysis.cuts] == [[(8,)]]
 
 
 def test_state_that_a_forward_pass_changes() -> None:

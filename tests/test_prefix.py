@@ -34,6 +34,14 @@ class Two(nn.Module):
         return self.head(self.between(self.body(x)))
 
 
+class MixesOneOfEight(nn.Module):
+    """Adds the batch's mean to one channel that is small beside the others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = torch.eye(8)[0]
+        return torch.addcmul(x * (2e3 - 2e3 * first + first), x.mean(0), first)
+
+
 def batch(size: int = 5) -> Call:
     return Call((torch.randn(size, 6),), {})
 
@@ -102,8 +110,9 @@ def test_tied_weights_are_named() -> None:
         lambda x: x - x.mean(0),
         lambda x: x.flip(0),
         lambda x: x.sort(0).values,
+        MixesOneOfEight(),
     ],
-    ids=["statistics", "no statistics", "dropout", "functional", "noise", "mean", "flip", "sort"],
+    ids=["statistics", "no statistics", "dropout", "functional", "noise", "mean", "flip", "sort", "small"],
 )
 def test_what_changes_is_behind_the_cut(between: Any) -> None:
     """Batch statistics, random numbers and whatever mixes the samples of a batch come after the cut, also without parameters."""
@@ -129,21 +138,31 @@ def test_random_numbers_in_python() -> None:
         analysed(Two(lambda x: x * 2 if random.random() < 0.1 else x), batch(), "head")
 
 
+def noisy(size: float) -> nn.Linear:
+    """A layer that gets noise of this size, from a generator of its own, which no graph shows."""
+    layer, own = nn.Linear(8, 8), torch.Generator().manual_seed(0)
+    layer.register_forward_pre_hook(lambda _, x: (x[0] + size * torch.rand(x[0].shape, generator=own),))
+    return layer
+
+
 def test_private_generator() -> None:
-    """A generator of the model's own is found by the values that it makes."""
+    """A generator of the model's own is found by the values that it makes: the cut lies before it."""
+    model, call = Two(body=nn.Sequential(nn.Linear(6, 8), nn.ReLU(), noisy(1.0))), batch()
+    assert [cut.after for cut in analysed(model, call, "head").cuts] == ["body.1"]
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-6])
+@pytest.mark.parametrize("where", ["run", "traced"])
+def test_private_generator_of_small_numbers(size: float, where: str) -> None:
+    """Where its numbers are as small as rounding, the proof finds them: the same samples give something else, also where
+    the graph has only those that were drawn while it was traced."""
     own = torch.Generator().manual_seed(0)
-
-    class Noisy(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + torch.rand(len(x), 8, generator=own)
-
-    try:
-        halves = halves_of(
-            Two(body=nn.Sequential(nn.Linear(6, 8), Noisy(), nn.Linear(8, 8))), batch(), "head"
-        )
-    except CannotSplit:
-        return
-    assert "0" in halves.cut.after
+    frozen = nn.Sequential(nn.Linear(6, 8), noisy(size) if where == "run" else nn.ReLU())
+    drawn = (lambda x: x) if where == "run" else lambda x: x + size * torch.rand(8, generator=own)
+    model, call = Two(drawn, frozen), batch()
+    halves = halves_of(model, call, "head")
+    with pytest.raises(CannotSplit, match="a generator of its own"):
+        proved(model, halves, call)
 
 
 def test_dropout_that_only_frozen_layers_follow() -> None:

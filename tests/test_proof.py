@@ -143,6 +143,39 @@ def test_wrong_prefixes_are_refused(words: str) -> None:
     assert_as_before(before, state(model))
 
 
+def _small(model: Network, x: torch.Tensor, wrong: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Features of which the last is thousands of times smaller than the others, and wrong."""
+    seen = model.body(x)
+    return torch.cat([1e4 * seen[:, :-1], wrong(seen[:, -1:])], 1)
+
+
+def test_a_small_feature_is_seen_beside_large_ones() -> None:
+    """Samples that mix in one small feature alone are refused, and a small output that is wrong beside large ones."""
+    model, halves, call = made(training=False)
+    mixing = with_prefix(halves, lambda x: ([_small(model, x, lambda last: last - last.mean(0))], ()))
+    own = halves._second.module.forward
+    scale = torch.tensor([1e4, 1e4, 1.0])
+    model.head.append(Scaled(scale))
+    wrong = with_suffix(halves, lambda n, f: [own(n, f)[0] * scale * torch.tensor([1.0, 1.0, 1.2])])
+    with torch.no_grad():
+        with pytest.raises(CannotSplit, match="when its batch is"):
+            proved(model, mixing, call)
+        proved(model, with_suffix(halves, lambda n, f: [own(n, f)[0] * scale]), call)
+        with pytest.raises(CannotSplit, match="returns something else"):
+            proved(model, wrong, call)
+
+
+class Scaled(nn.Module):
+    """Each number times one of its own."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
 def test_wrong_outputs_are_refused() -> None:
     """In evaluation, other outputs are refused, and the same ones in another form."""
     model, halves, call = made(training=False)
@@ -177,6 +210,30 @@ def test_rounding_is_no_other_gradient() -> None:
     proved(model, off(1e-7), call)
     with pytest.raises(CannotSplit, match="another"):
         proved(model, off(2e-2), call)
+
+
+class ScaledDown(Network):
+    """Has a part whose gradients are a million times smaller than others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.scale = nn.Linear(8, 3), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.body(x)
+        return self.head(seen) + self.scale * self.branch(seen)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x.detach() + 0 * x, lambda x: x * x.new_tensor([1.0, 1.0, 0.9])])
+def test_small_gradients_are_compared(wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A gradient that is far smaller than others and wrong, or missing, is refused by its parameter's name."""
+    model, call = ScaledDown(), Call((torch.randn(5, 6),), {})
+    halves = halves_of(model, call, "head", "branch")
+    right = with_suffix(halves, lambda _, f: [model.head(f) + 1e-6 * model.branch(f)])
+    proved(model, right, call)
+    off = with_suffix(halves, lambda _, f: [model.head(f) + 1e-6 * wrong(model.branch(f))])
+    with pytest.raises(CannotSplit, match=r"branch\.(weight|bias) gets another gradient"):
+        proved(model, off, call)
 
 
 def test_a_loss_that_fails() -> None:

@@ -66,6 +66,25 @@ def test_what_only_the_whole_model_does(make: type[Net], monkeypatch: pytest.Mon
     assert "trained without a cache" in found.notes
 
 
+class Sparse(Net):
+    """Mixes its channels by a sparse matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mixed", torch.eye(3).to_sparse(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(self.mixed, super().forward(x).t()).t()
+
+
+def test_sparse_buffers_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with a sparse buffer is trained as without a cache, and a line says why."""
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
+    found = ran(recipe(cache="auto"), model=net(Sparse), valid=None)
+    assert same(found, ran(recipe(cache="off"), model=net(Sparse), valid=None))
+    assert "a sparse tensor of shape (3, 3)" in found.notes
+
+
 class Twice(Net):
     """The same dropout between frozen layers and before the head."""
 

@@ -59,6 +59,44 @@ def test_export_where_fx_fails(training: bool) -> None:
         assert_same(model, halves, Call((torch.randn(size, 6),), {}))
 
 
+class Precise(nn.Module):
+    """Computes one of its layers, and the sum behind it, without autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mid, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.body(x)
+        with torch.autocast("cpu", enabled=False):
+            seen = self.mid(seen.float()) * 1.001 + seen.float().sum(1, keepdim=True)
+        return self.head(seen)
+
+
+@pytest.mark.parametrize("trained", [("head",), ("mid", "head")])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_switched_off_in_the_model(trained: tuple[str, ...], training: bool) -> None:
+    """Where the model switches autocast off for a part, before the cut or behind it, the halves do so, too, to the bit."""
+    model, call = Precise(), Call((torch.randn(5, 6),), {})
+    assert (
+        analysed(model, call, *trained, training=training).route == "fx"
+    )  # without autocast there is nothing to mind
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
+        analysis = analysed(model, call, *trained, training=training)
+        for cut in analysis.cuts:
+            halves = analysis.split(cut)
+            proved(model, halves, call)
+            for size in (2, 5, 7):
+                assert_same(model, halves, Call((torch.randn(size, 6),), {}))
+
+
+def test_fx_does_not_follow_autocast() -> None:
+    """torch.fx, which would lose it, refuses a model that switches autocast in words."""
+    form, tensors = checked_form(Call((torch.randn(5, 6),), {}))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(CannotSplit, match="switches autocast"):
+        trace(Precise(), form, tensors, "fx")
+
+
 def test_gradients_reach_the_model_itself() -> None:
     """Suffix and model share parameters and buffers: gradients and statistics land in the model, whose keys stay."""
     model, call = Unpacks(), Call((torch.randn(5, 6),), {})

@@ -26,7 +26,7 @@ from lehr.run.precision import Arithmetic
 from lehr.run.prefix.analysis import Halves, analyse
 from lehr.run.prefix.cuts import Call, CannotSplit, Cut, choose
 from lehr.run.prefix.proof import Judged, prove
-from lehr.run.prefix.unmoved import unmoved
+from lehr.run.prefix.unmoved import refuse_sparse, unmoved
 from lehr.run.untouched import state_kept
 from lehr.run.update import Loss, Returned, scalar_loss
 
@@ -118,6 +118,7 @@ def find_way(
     """
     check_worth(model, batch, wanted)
     _refuse_parallel(model)
+    refuse_sparse(unwrap(model))
     with _as_it_was(model, loss, on), on.autocast():
         with unmoved(unwrap(model), copied=True):
             seen = calling(model, loss, batch)

@@ -25,6 +25,7 @@ from lehr.run.prefix.halving import Parts, Prefix, Suffix, halve
 from lehr.run.prefix.pureness import Source, below, purity
 from lehr.run.prefix.seen import filled
 from lehr.run.prefix.tracing import Route, Traced, trace
+from lehr.run.prefix.unmoved import refuse_sparse
 from lehr.run.prefix.walking import Memory, walk
 from lehr.run.structure import clean
 from lehr.run.untouched import in_eval
@@ -139,6 +140,7 @@ def analyse(model: nn.Module, call: Call, *, trained: frozenset[str]) -> Analysi
         CannotSplit: where there is none; says why.
     """
     own = unwrap(model)
+    refuse_sparse(own)
     form, tensors = checked_form(call)
     parameters = {n: p for n, p in named(own).items() if n in trained}
     _refuse_hooks(own, {id(p) for p in parameters.values()})

@@ -50,9 +50,10 @@ class GraphWriter:
         self._root: dict[str, Any] = {}
         self._made: list[fx.Node] = []
 
-    def copy(self, node: fx.Node) -> None:
-        """Write down a node, with its arguments as they are known here."""
-        args = fx.node.map_arg(node.args, self.at.__getitem__)
+    def copy(self, node: fx.Node, first: Any = None) -> None:
+        """Write down a node, with its arguments as they are known here; `first` stands for the first of them."""
+        args = fx.node.map_arg(node.args if first is None else node.args[1:], self.at.__getitem__)
+        args = args if first is None else (first, *args)
         kwargs = fx.node.map_arg(dict(node.kwargs), self.at.__getitem__)
         if node.op in ("get_attr", "call_module"):
             value, target = self._traced.target(node), str(node.target)
@@ -89,6 +90,15 @@ class GraphWriter:
                 "a size that is needed behind the cut does not grow with the batch in a simple way"
             )
         return value
+
+    def like(self, node: fx.Node, value: Tensor, batch: fx.Node) -> fx.Node:
+        """A tensor with the sizes, type and device of a node's value, and no values of its own; it takes no memory.
+
+        Raises:
+            CannotSplit: where its sizes cannot be computed.
+        """
+        one = self._kept(node.name, torch.empty((), dtype=value.dtype, device=value.device))
+        return self.graph.call_method("expand", (one, self.made(value.sizes, batch)))
 
     def module(self) -> fx.GraphModule:
         """What was written, ready to run; without sizes that turned out to be of no use."""

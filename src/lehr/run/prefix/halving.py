@@ -15,10 +15,11 @@ from torch import fx, nn
 
 from lehr.run.prefix.cutting import Place
 from lehr.run.prefix.graph_writer import GraphWriter
-from lehr.run.prefix.pureness import Purity
+from lehr.run.prefix.pureness import Purity, read_by, unread_by
 from lehr.run.prefix.seen import Seen, Tensor, filled, rebuilt_sequence, tensors_of
 from lehr.run.prefix.tracing import Traced
 from lehr.run.prefix.walking import SMALL
+from lehr.run.untouched import kept_state
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _with_free(parts: Parts, needed: set[fx.Node], constant: frozenset[fx.Node])
             continue
         added.add(node)
         if node not in constant and not (is_size(seen[node]) and seen[node].same):
-            rest += [a for a in node.all_input_nodes if a in free]
+            rest += [a for a in read_by(node) if a in free]
             rest += [w for w in writers if seen[w].writes & (seen[node].groups | seen[node].reads)]
     return [n for n in seen if n in needed or n in added]
 
@@ -175,10 +176,13 @@ def _suffix(
     for node in later:
         if node in values:
             writer.put(node, values[node])
-        elif node in sizes or (node in parts.found.free and is_size(seen[node]) and seen[node].same):
+        elif node in sizes or (
+            node.op != "get_attr" and node in parts.found.free and is_size(seen[node]) and seen[node].same
+        ):
             writer.at[node] = writer.made(seen[node].value, batch)
         else:
-            writer.copy(node)
+            gone = first if (first := unread_by(node)) not in writer.at else None
+            writer.copy(node, writer.like(gone, seen[gone].value, batch) if gone else None)
     writer.graph.output(fx.node.map_arg(parts.output.args[0], writer.at.__getitem__))
     return Suffix(writer.module(), frozenset(written), state_read(parts.traced, _needed_for(kept)))
 
@@ -195,8 +199,18 @@ def _values(parts: Parts, kept: Sequence[fx.Node]) -> dict[fx.Node, Any]:
             if is_size(seen[node]):
                 values[node] = filled(seen[node].value, SMALL)
             else:
-                values[node] = run_node(parts.traced, node, values)
+                values[node] = run_node(parts.traced, node, {**_unread(parts, node), **values})
     return {node: values[node] for node in kept}
+
+
+def _unread(parts: Parts, node: fx.Node) -> dict[fx.Node, torch.Tensor]:
+    """What stands for the first argument of a node that reads nothing of its values, in a small batch."""
+    first = unread_by(node)
+    if first is None:
+        return {}
+    value = parts.seen[first].value
+    one = torch.empty((), dtype=value.dtype, device=value.device)
+    return {first: one.expand(filled(value.sizes, SMALL))}
 
 
 def run_node(traced: Traced, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -213,23 +227,23 @@ def run_node(traced: Traced, node: fx.Node, values: Mapping[fx.Node, Any]) -> An
 
 
 def _needed_for(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and all before them."""
+    """The nodes and all whose values they depend on."""
     needed: set[fx.Node] = set()
     rest = list(nodes)
     while rest:
         node = rest.pop()
         if node not in needed:
             needed.add(node)
-            rest += node.all_input_nodes
+            rest += read_by(node)
     return needed
 
 
 def state_read(traced: Traced, nodes: Iterable[fx.Node]) -> tuple[torch.Tensor, ...]:
-    """The parameters and buffers that these nodes read, each once."""
+    """The parameters, buffers and tensors in attributes that these nodes read, each once."""
     found: dict[int, torch.Tensor] = {}
     for node in sorted(nodes):
         held = traced.target(node) if node.op in ("get_attr", "call_module") else None
-        tensors = (*held.parameters(), *held.buffers()) if isinstance(held, nn.Module) else (held,)
+        tensors = (*held.parameters(), *kept_state(held)) if isinstance(held, nn.Module) else (held,)
         found.update({id(t): t for t in tensors if isinstance(t, torch.Tensor)})
     return tuple(found.values())
 

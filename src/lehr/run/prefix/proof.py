@@ -5,7 +5,6 @@ It must not know how the halves were made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,23 +19,25 @@ from lehr.run.facts import named, unwrap
 from lehr.run.prefix.analysis import Halves
 from lehr.run.prefix.cuts import Call, CannotSplit
 from lehr.run.prefix.forms import Form, at_least
-from lehr.run.prefix.nearness import near, tolerance
+from lehr.run.prefix.gradients import Gradients, apart, shaken
+from lehr.run.prefix.nearness import Tolerance, near, tolerance
 from lehr.run.randomness import Randomness, RandomState
 from lehr.run.untouched import (
     Mark,
+    attributes_kept,
     in_eval,
     kept_state,
+    same_bits,
     same_random,
     state_kept,
     tensors_kept,
     without_caches,
+    without_compiling,
 )
 
 Judged = Callable[[Any], torch.Tensor]
 _TINY = 1e-6
 """Losses that are no further apart than this are equal: one near 0 is all rounding."""
-_SMALL_PART = 1e-3
-"""A parameter whose gradient is less than this share of all gradients is compared with that: it may be all rounding."""
 
 
 def prove(
@@ -69,6 +70,7 @@ def prove(
             kept.enter_context(one)
         torch.clear_autocast_cache()
         try:
+            checks.again()
             features = checks.features(tensors)
             checks.stored(features, store)
             checks.samples(features)
@@ -87,12 +89,12 @@ def prove(
             torch.clear_autocast_cache()
 
 
+_PAIR = 2
+"""Samples that the whole model is run on again."""
 _FEW = 4
 """Samples that are computed again, for what costs a pass through the frozen part each time."""
 _CLOSER = 0.1
 """The faster form of a prefix is to be that much nearer: it is one convolution's rounding, and nothing behind it."""
-_TIMES, _MOST = 8.0, 0.05
-"""Gradients may differ by so many times what a change of the features' last bits makes, and by no more than that share."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,31 @@ class _Checks:
     form: Form
     tensors: list[torch.Tensor]
     randomness: Randomness
-    near: float
+    near: Tolerance
+
+    def again(self) -> None:
+        """The model is to give the same once more, with the same random numbers: to the bit, on a CPU. Elsewhere sums may be
+        taken in another order each time.
+        """
+        if self.randomness.device.type != "cpu":
+            return
+        tensors = [t[:_PAIR] for t in at_least(self.tensors, _PAIR)]
+        once, twice = self._run(tensors), self._run(tensors)
+        if not all(map(same_bits, once, twice)):
+            raise CannotSplit(
+                "the model gives something else when it is run again on the same samples with the same random numbers, so it "
+                "draws some from a generator of its own; put the layers that do it in eval mode"
+            )
+
+    def _run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors that the model returns, which is afterwards as before."""
+        own = unwrap(self.model)
+        args, kwargs = self.form.call([t.clone() for t in tensors])
+        with (
+            state_kept(own, self.randomness.device), attributes_kept(own), without_compiling(own), torch.no_grad()
+        ):  # fmt: skip
+            returned = pytree.tree_leaves(own(*args, **kwargs))
+        return [leaf for leaf in returned if isinstance(leaf, torch.Tensor)]
 
     def features(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the prefix gives, which is to change nothing by the way."""
@@ -148,7 +174,8 @@ class _Checks:
             return features
         args, kwargs = self.form.call(self.tensors)
         exact = self.halves.exact.prefix(*args, **kwargs)
-        if not all(near(one, other, self.near * _CLOSER) for one, other in zip(exact, features, strict=True)):
+        closer = self.near._replace(whole=self.near.whole * _CLOSER)
+        if not all(near(one, other, closer) for one, other in zip(exact, features, strict=True)):
             raise CannotSplit(f"the faster form of the part up to {self.after} gives other features")
         return exact
 
@@ -201,14 +228,13 @@ class _Checks:
             for f in (self.model, lambda *_, **__: self.halves.suffix(features))
         )
         self._same_loss(whole.loss, ours.loss)
-        if off := self._other_gradients(whole, ours):
-            shaken = tuple(_shaken(f) for f in features)
+        if self._another_gradient(whole, ours):
+            moved = tuple(map(shaken, features))
             again = _step(
-                self.model, loss, lambda *_, **__: self.halves.suffix(shaken), self.randomness, state
+                self.model, loss, lambda *_, **__: self.halves.suffix(moved), self.randomness, state
             )
-            off = self._other_gradients(whole, ours, again)
-        if off:
-            raise CannotSplit(f"{off} gets another gradient when the model is cut behind {self.after}")
+            if off := self._another_gradient(whole, ours, again.gradients):
+                raise CannotSplit(f"{off} gets another gradient when the model is cut behind {self.after}")
         for name, buffer in whole.buffers.items():
             if name not in ours.buffers or not near(buffer, ours.buffers[name], self.near):
                 raise CannotSplit(
@@ -219,24 +245,10 @@ class _Checks:
                 f"other random numbers are drawn when the model is cut behind {self.after}: its forward draws some of its own"
             )
 
-    def _other_gradients(self, whole: _Step, ours: _Step, shaken: _Step | None = None) -> str:
-        """The first parameter whose gradient differs by more than rounding: of the arithmetic, and, where `shaken` tells it,
-        of the features' last bits, which sharp turns behind them (a maximum, an activation) may make large. "" for none.
-        """
-        size = _norm(g for g in whole.gradients.values() if g is not None)
-        for name, expected in whole.gradients.items():
-            found = ours.gradients[name]
-            if expected is None or found is None:
-                if found is not expected:
-                    return name
-                continue
-            allowed = self.near * max(_norm([expected]), _SMALL_PART * size)
-            if shaken and (moved := shaken.gradients[name]) is not None:
-                most = _MOST * max(_norm([expected]), _SMALL_PART * size)
-                allowed = max(allowed, min(_TIMES * _norm([moved - found]), most))
-            if not _norm([found - expected]) <= allowed:
-                return name
-        return ""
+    def _another_gradient(self, whole: _Step, ours: _Step, moved: Gradients | None = None) -> str:
+        """The first parameter whose gradient is another, "" for none; `moved` are those of shaken features."""
+        off = apart(whole.gradients, ours.gradients, moved)
+        return next((name for name, share in off.items() if not share <= self.near.whole), "")
 
     def _equal(self, one: Any, other: Any) -> bool:
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
@@ -263,15 +275,3 @@ def _step(model: nn.Module, loss: Judged, called: Any, randomness: Randomness, s
         found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
         changed = {n: b.clone() for n, b in buffers.items() if marks[n].is_changed()}
         return _Step(value.detach(), dict(zip(trained, found, strict=True)), changed, randomness.take())
-
-
-def _shaken(feature: torch.Tensor) -> torch.Tensor:
-    """A feature with its last bits changed, always in the same way; no random state is used."""
-    if not feature.is_floating_point():
-        return feature
-    noise = torch.arange(feature.numel(), device=feature.device, dtype=torch.float32).mul_(12.9898).sin_()
-    return feature * (1 + 4 * torch.finfo(feature.dtype).eps * noise.reshape(feature.shape).to(feature.dtype))
-
-
-def _norm(tensors: Iterable[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(t.detach().double().norm()) ** 2 for t in tensors))

@@ -77,11 +77,28 @@ def purity(traced: Traced, seen: Mapping[fx.Node, Seen], trained_groups: frozens
 
 
 def is_about_sizes(node: fx.Node) -> bool:
-    """Whether a node reads nothing of a tensor's values."""
+    """Whether a node reads nothing of its first argument's values."""
     name = operator_name(node)
+    if not node.args:
+        return False
     if name == "getattr":
         return len(node.args) > 1 and node.args[1] in _ATTRIBUTES
     return name in _SIZES or name in _LIKE
+
+
+def read_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values a node reads."""
+    if not is_about_sizes(node):
+        return node.all_input_nodes
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args[1:], node.kwargs), found.append)
+    return found
+
+
+def unread_by(node: fx.Node) -> fx.Node | None:
+    """The first argument of a node that reads nothing of its values."""
+    first = node.args[0] if is_about_sizes(node) else None
+    return first if isinstance(first, fx.Node) else None
 
 
 def operator_name(node: fx.Node) -> str:
@@ -133,9 +150,7 @@ def _by_values(nodes: list[fx.Node]) -> frozenset[fx.Node]:
     """The nodes that depend on what is in the inputs, and not on their sizes alone."""
     found: set[fx.Node] = set()
     for node in nodes:
-        if node.op == "placeholder" or (
-            not is_about_sizes(node) and any(a in found for a in node.all_input_nodes)
-        ):
+        if node.op == "placeholder" or any(a in found for a in read_by(node)):
             found.add(node)
     return frozenset(found)
 
@@ -145,12 +160,7 @@ def _free(candidates: list[fx.Node], seen: Mapping[fx.Node, Seen]) -> frozenset[
     free = set(candidates)
     while True:
         written = {g for node, s in seen.items() if node not in free for g in s.writes}
-        gone = {
-            n
-            for n in free
-            if (_memory(n, seen) & written)
-            or (not is_about_sizes(n) and any(a not in free for a in n.all_input_nodes))
-        }
+        gone = {n for n in free if (_memory(n, seen) & written) or any(a not in free for a in read_by(n))}
         if not gone:
             return frozenset(free)
         free -= gone

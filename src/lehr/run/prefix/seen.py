@@ -58,12 +58,14 @@ def rebuilt_sequence(value: Any, parts: Sequence[Any]) -> Any:
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of a node's value. `fold` is how many rows a sample has, where the rows come sample by sample; else 0.
-    `shape` is that of one row.
+    `shape` is that of one row, and `sizes` that of the whole, with `Affine` in it.
     """
 
     fold: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
+    sizes: Any
 
 
 @dataclass(frozen=True)

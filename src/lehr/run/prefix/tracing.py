@@ -95,6 +95,8 @@ def trace(model: nn.Module, form: Form, tensors: Sequence[torch.Tensor], route: 
     ):  # fmt: skip
         try:
             traced = (_by_fx if route == "fx" else _by_export)(root, tensors)
+        except CannotSplit:
+            raise
         except Exception as error:
             in_ = f" in {root.returned.failed}" if root.returned.failed else ""
             raise CannotTrace(
@@ -161,11 +163,25 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, count: int, leaves: tuple[type, ...], functions: tuple[Callable[..., Any], ...]
+        self,
+        tensors: Sequence[torch.Tensor],
+        leaves: tuple[type, ...],
+        functions: tuple[Callable[..., Any], ...],
     ) -> None:
         searched: Any = (math, torchvision.ops)
         super().__init__(autowrap_modules=searched, autowrap_functions=functions)
-        self.count, self.leaves, self.failed = count, leaves, ""
+        self.count, self.leaves, self.failed = len(tensors), leaves, ""
+        self.device, self.switches = tensors[0].device.type, False
+        self.began = self._autocast()
+
+    def _autocast(self) -> torch.dtype | None:
+        """The type that autocast computes in here."""
+        return torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Notices where autocast is another than outside the model: the graph would not know."""
+        self.switches = self.switches or self._autocast() != self.began
+        return super().create_node(*args, **kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
         """The wrapper, and a placeholder for each of its tensors."""
@@ -190,11 +206,16 @@ class _Tracer(fx.Tracer):
 def _by_fx(root: _Flat, tensors: Sequence[torch.Tensor]) -> Traced:
     leaves, functions = _notraced()
     ops = tuple(getattr(torchvision.ops, name) for name in _TORCHVISION if hasattr(torchvision.ops, name))
-    tracer = _Tracer(len(tensors), (*ops, *leaves), functions)
+    tracer = _Tracer(tensors, (*ops, *leaves), functions)
     try:
-        return _finished(tracer.trace(root), root, root, "fx")
+        graph = tracer.trace(root)
     finally:
         root.returned.failed = tracer.failed
+    if tracer.switches:
+        raise CannotSplit(
+            "the model's forward switches autocast on or off by itself, which no graph of it tells"
+        )
+    return _finished(graph, root, root, "fx")
 
 
 def _notraced() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
@@ -214,6 +235,10 @@ def _by_export(root: _Flat, tensors: Sequence[torch.Tensor]) -> Traced:
         {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
     )
     module = program.module(**unguarded)
+    for part in module.children():
+        if isinstance(part, fx.GraphModule):  # what is computed where the model has switched autocast off
+            _without_assertions(part.graph)
+            part.recompile()
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(module.graph, copied)
@@ -238,17 +263,21 @@ def _swap_in(module: nn.Module, root: _Flat) -> None:
 
 
 def _finished(graph: fx.Graph, owner: nn.Module, root: _Flat, route: Route) -> Traced:
-    """Assertions are left out: they would be of no use to the suffix, and some are about types that autocast changes."""
     returned = root.returned
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op == "call_function" and "assert" in getattr(node.target, "__name__", ""):
-            graph.erase_node(node)
+    _without_assertions(graph)
     output = next(node for node in graph.nodes if node.op == "output")
     computed = iter(output.args[0])
     output.args = (
         tuple(next(computed) if c else p for p, c in zip(returned.plain, returned.computed, strict=True)),
     )
     return Traced(graph, owner, root.form, returned.spec, route)
+
+
+def _without_assertions(graph: fx.Graph) -> None:
+    """They would be of no use to the suffix, and some are about types that autocast changes."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op == "call_function" and "assert" in getattr(node.target, "__name__", ""):
+            graph.erase_node(node)
 
 
 def _is_of_inputs(held: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lehr.run.prefix.cuts import CannotSplit
+from lehr.run.untouched import kept_state
 
 _PLAIN = (bool, int, float, str, type(None))
 _MODE = "training"
@@ -49,6 +50,20 @@ def unmoved(model: nn.Module, *, copied: bool) -> Iterator[None]:
         raise CannotSplit(
             f"a forward pass changes {changed[0]}, which only the whole model does; nothing is cached"
         )
+
+
+def refuse_sparse(model: nn.Module) -> None:
+    """Refuse what cannot be compared with what it was.
+
+    Raises:
+        CannotSplit: where the model holds a sparse tensor, with its shape.
+    """
+    for tensor in (*model.parameters(), *kept_state(model)):
+        if tensor.layout is not torch.strided:
+            raise CannotSplit(
+                f"the model holds a sparse tensor of shape {tuple(tensor.shape)}, of which it cannot be told whether a forward "
+                "pass changes it; make it dense"
+            )
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.prefix.forms import at_least
-from lehr.run.prefix.nearness import near, tolerance
+from lehr.run.prefix.nearness import Tolerance, near, tolerance
 from lehr.run.prefix.seen import Affine, Seen, Sizes, Tensor, Unclear, rebuilt_sequence
 from lehr.run.prefix.tracing import Traced
 from lehr.run.untouched import Mark, attributes_kept, kept_state, quiet, state_kept
@@ -38,9 +38,9 @@ class Memory:
 
     @classmethod
     def of(cls, model: nn.Module) -> Memory:
-        """The groups of a model's parameters and buffers."""
+        """The groups of a model's parameters and of what it keeps besides."""
         memory = cls()
-        memory.keep((*model.parameters(), *model.buffers()))
+        memory.keep(_state_of(model))
         return memory
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -81,7 +81,9 @@ def walk(
 
 
 class _Walker:
-    def __init__(self, traced: Traced, memory: Memory, near: float, buffers: Iterable[torch.Tensor]) -> None:
+    def __init__(
+        self, traced: Traced, memory: Memory, near: Tolerance, buffers: Iterable[torch.Tensor]
+    ) -> None:
         self.traced, self.memory, self.near = traced, memory, near
         self.buffers = {id(buffer) for buffer in buffers}
         self.values: dict[fx.Node, tuple[Any, Any]] = {}
@@ -165,7 +167,7 @@ class _Walker:
 class _Compared:
     """Values of the two batches side by side; `mixes` and `same` gather what is found."""
 
-    near: float
+    near: Tolerance
     mixes: bool = False
     same: bool = True
 
@@ -214,11 +216,13 @@ class _Compared:
             and rows * LARGE == len(b) * SMALL
             and a.shape[1:] == b.shape[1:]
         )
+        sizes = self.value(a.shape, b.shape)
         if not by_sample or not rows:
-            return Tensor(0, tuple(a.shape), a.dtype)
-        if not near(a.reshape(SMALL, -1), b.reshape(LARGE, -1)[_SHARED.to(b.device)], self.near):
+            return Tensor(0, tuple(a.shape), a.dtype, a.device, sizes)
+        small, large = (t.reshape(n, rows // SMALL, *t.shape[1:]) for t, n in ((a, SMALL), (b, LARGE)))
+        if not near(small, large[_SHARED.to(b.device)], self.near):
             self.mixes = True
-        return Tensor(rows // SMALL, tuple(a.shape[1:]), a.dtype)
+        return Tensor(rows // SMALL, tuple(a.shape[1:]), a.dtype, a.device, sizes)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -243,7 +247,7 @@ def _place(tensor: torch.Tensor) -> int:
 
 
 def _state_of(module: Any) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+    return [*module.parameters(), *kept_state(module)] if isinstance(module, nn.Module) else []
 
 
 def _refuse_writing(node: fx.Node, traced: Traced) -> None:
