@@ -16,8 +16,7 @@ import lehr
 from lehr.errors import RecipeError
 from lehr.events import PrefixCached
 from lehr.run.cache import store as cache
-from lehr.run.cache.shortcut import Shortcut
-from lehr.run.cache.ways import Way
+from lehr.run.cache.shortcut import Drawn, Shortcut
 from short_runs import Net, Own, close, images, loader, net, ran, recipe, same
 
 EXACT = {"cache_exact": True}
@@ -316,15 +315,15 @@ def test_features_are_computed_in_the_batches_of_the_first_epoch(
     since on some machines what lies beside it decides its last bit.
     """
     beside: dict[bytes, set[tuple[bytes, ...]]] = {}
-    kept_of = Shortcut._kept_of
+    computed = Shortcut._computed
 
-    def recorded(self: Shortcut, batch: Any, way: Way) -> list[torch.Tensor]:
-        together = tuple(image.numpy().tobytes() for image in batch[0])
+    def recorded(self: Shortcut, drawn: Drawn, *rest: Any) -> Any:
+        together = tuple(image.numpy().tobytes() for image in drawn.batch[0])
         for image in together:
             beside.setdefault(image, set()).add(together)
-        return kept_of(self, batch, way)
+        return computed(self, drawn, *rest)
 
-    monkeypatch.setattr(Shortcut, "_kept_of", recorded)
+    monkeypatch.setattr(Shortcut, "_computed", recorded)
     said = recipe(length="7 epochs", views=2)
     data = {"train": Own(lambda image, _: image + torch.randn(())), "valid": None}
     ran(said, out=tmp_path / "whole", **data)

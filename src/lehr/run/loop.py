@@ -193,23 +193,13 @@ def fit(
         else:
             first: list[Event] = [run_started(plan, run.plan, training, validation, on)]
             told = resumed.notes if resumed else (*notes, *plan.notes)
-            rule, tuned = (
-                run.rule.said if run.rule.name != "contiguous" else "",
-                tuning.said if tuning.is_tuned else "",
-            )
-            here = (slow_arithmetic(on), rule, tuned)
+            here = [slow_arithmetic(on), run.rule.said if run.rule.name != "contiguous" else ""]
+            here += [tuning.said] if tuning.is_tuned else []
             first += [Note(note) for note in (*told, *filter(None, here))]
             try:
                 _recorded(
-                    run,
-                    judge,
-                    folder,
-                    observers,
-                    recipe=recipe,
-                    cadence=cadence,
-                    resumed=resumed,
-                    first=first,
-                )
+                    run, judge, folder, observers, recipe=recipe, cadence=cadence, resumed=resumed, first=first
+                )  # fmt: skip
             finally:
                 if run.cache:  # also after an error, whose traceback holds on to the run
                     run.cache.close()

@@ -258,9 +258,7 @@ def placed(batch: Any, device: torch.device) -> Any:
     """
     if device.type == "cpu":
         return batch
-    if isinstance(
-        batch, torch.Tensor
-    ):  # a meta tensor has no values to copy: it stands for inputs that nobody reads
+    if isinstance(batch, torch.Tensor):  # one on meta has no values: it stands for inputs that nobody reads
         return batch if batch.is_meta else batch.to(device, non_blocking=device.type == "cuda")
     if isinstance(batch, Mapping):
         return {key: placed(value, device) for key, value in batch.items()}

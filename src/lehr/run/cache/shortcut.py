@@ -9,11 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +26,9 @@ from lehr.run.batches import leaves
 from lehr.run.cache.kept import Kept, digests_of, key_of
 from lehr.run.cache.known import Known
 from lehr.run.cache.store import Store, merged, place_for, row_bytes
-from lehr.run.cache.ways import Halfway, TooLittle, Wanted, Way, check_worth, find_way, through_suffix
-from lehr.run.layout import Name, laid_out
-from lehr.run.precision import Arithmetic
+from lehr.run.cache.terms import Tally, Terms
+from lehr.run.cache.ways import Halfway, TooLittle, Way, check_worth, find_way, through_suffix
+from lehr.run.layout import laid_out
 from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.sampler import Feed, Window, view_of
 from lehr.run.update import Loss, Returned, placed
@@ -46,54 +45,6 @@ class Drawn(NamedTuple):
     batch: Any
 
 
-@dataclass
-class Tally:
-    """What a cache has done: samples computed and samples read, and the seconds that each took."""
-
-    computed: int = 0
-    read: int = 0
-    computing: float = 0.0
-    reading: float = 0.0
-
-    @property
-    def saved(self) -> float:
-        """Seconds that were not spent, as far as it can be told."""
-        if not self.computed or not self.read:
-            return 0.0
-        return max(0.0, self.read * self.computing / self.computed - self.reading)
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a shortcut works for: what trains, what is wanted, on which arithmetic; where a file may lie, and where features
-    are kept for other runs.
-
-    `data` is which half of the data it is for. `found` is told of the way that was found, `lost` why there is none, `said`
-    what else a person should know. `again` looks whether samples are the same again: why not, and whether that is news. Of
-    an average (`is_average`) the weights are written at every step, also where they stay the same. Where `is_fresh`, samples
-    that draw random numbers are others each time. `layout` is how features are to lie, None: as they come.
-    """
-
-    data: str
-    trained: frozenset[str]
-    wanted: Wanted
-    on: Arithmetic
-    found: Callable[[Way, Store], None]
-    lost: Callable[[str], None]
-    said: Callable[[str], None]
-    again: Callable[[], tuple[str, bool]]
-    folder: Path | None = None
-    cache_dir: Path | None = None
-    is_average: bool = False
-    is_fresh: bool = False
-    layout: Callable[[], Name | None] = lambda: None
-
-    @property
-    def views(self) -> int:
-        """The number of rows for each sample."""
-        return self.wanted.views
-
-
 class Shortcut:
     """The samples of `feed`, for `loss(model, batch)`; `terms` say what for."""
 
@@ -105,9 +56,6 @@ class Shortcut:
         self._kept: Kept | None = None
         self._is_off = self._has_overflown = False
         self._ends, self._view = "", 0
-        self._proved: list[
-            torch.Tensor
-        ] = []  # what is kept of the batch that is next, if it is known already
         self._never = torch.zeros(0, dtype=torch.bool)  # slots whose rows cannot be stored
         self._at_start: Tally | None = None  # of the epoch that was last
         self._known: list[Known] = []
@@ -237,8 +185,7 @@ class Shortcut:
 
     def _through(self, drawn: Drawn) -> Any:
         """The batch, as far through the model as it goes without what trains."""
-        if self.way is None and not self._is_off:
-            self._find(drawn.batch)
+        proved = self._find(drawn.batch) if self.way is None and not self._is_off else None
         began = time.monotonic()
         if self.way is None or self._store is None:
             return drawn.batch
@@ -247,19 +194,21 @@ class Shortcut:
             self.tally.read += len(drawn.slots)
             self.tally.reading += time.monotonic() - began
             return halfway
-        return self._computed(drawn, self.way, self._store, began)
+        return self._computed(drawn, self.way, self._store, proved, began)
 
-    def _computed(self, drawn: Drawn, way: Way, store: Store, began: float) -> Any:
+    def _computed(
+        self, drawn: Drawn, way: Way, store: Store, proved: list[torch.Tensor] | None, began: float
+    ) -> Any:
+        """The batch where rows of it are missing; `proved` is what is kept of it, if it is the one on which the way was proved."""
         slots = drawn.slots[drawn.missing]
         digests = digests_of(leaves(drawn.batch)) if self._kept else None
         if self._kept and digests is not None and self._kept.take(slots, digests):
             self.tally.read += len(slots)
             return way.halfway(store.get(drawn.slots), drawn.slots)
         try:
-            kept = self._kept_of(drawn.batch, way)
-        except (
-            Exception
-        ) as why:  # whatever it is, the long way is there; where that fails as well it says so itself
+            with self._terms.on.autocast():
+                kept = proved or way.kept(placed(drawn.batch, self._terms.on.device))
+        except Exception as why:  # the long way is there; where that fails as well it says so itself
             self._ends = (
                 str(why) if isinstance(why, CannotSplit) else f"the frozen part failed ({type(why).__name__})"
             )
@@ -273,14 +222,6 @@ class Shortcut:
         self.tally.read += len(drawn.slots) - len(slots)
         self.tally.computing += time.monotonic() - began
         return way.halfway(rounded, drawn.slots)
-
-    def _kept_of(self, batch: Any, way: Way) -> list[torch.Tensor]:
-        """What is kept of a batch; the one on which the way was proved is not computed again."""
-        if kept := self._proved:
-            self._proved = []
-            return kept
-        with self._terms.on.autocast():
-            return way.kept(placed(batch, self._terms.on.device))
 
     def _put(
         self, way: Way, store: Store, slots: torch.Tensor, kept: list[torch.Tensor]
@@ -315,28 +256,30 @@ class Shortcut:
                 '(cache_dtype = "bf16" or "fp32" holds them)'
             )
 
-    def _find(self, batch: Any) -> None:
+    def _find(self, batch: Any) -> list[torch.Tensor] | None:
+        """Look for the way on this batch; what is kept of it, None where there is no way."""
         terms = self._terms
         try:
             check_worth(self._model, batch, terms.wanted)
             why, is_news = terms.again()
             if why:
                 raise (CannotSplit if is_news or terms.wanted.required else TooLittle)(why)
-            way, self._proved = find_way(
+            way, kept = find_way(
                 self._model, self._loss, placed(batch, terms.on.device), trained=terms.trained, wanted=terms.wanted,
                 on=terms.on,
             )  # fmt: skip
             store = self._stored(way)
         except CannotSplit as why:
             self._lose(str(why), quietly=isinstance(why, TooLittle))
-            return
+            return None
         except Exception as why:  # nothing that is tried for speed may end a run
             self._lose(f"looking for the frozen part failed ({type(why).__name__})")
-            return
+            return None
         self.way, self._store = way, store
         self._known = [Known(t, by_values=terms.is_average) for t in way.halves.reads]
         self._never = torch.zeros(store.slots, dtype=torch.bool)
         terms.found(way, store)
+        return kept
 
     def _stored(self, way: Way) -> Store:
         """Room for the rows: all that the budget allows, or as many as there is room for."""

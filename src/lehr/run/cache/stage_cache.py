@@ -18,8 +18,9 @@ from lehr.events import CacheClosed, Note, PrefixCached
 from lehr.planned_stage import PlannedStage
 from lehr.planning import Plan
 from lehr.run.allocator import give_back
-from lehr.run.cache.shortcut import Shortcut, Terms
+from lehr.run.cache.shortcut import Shortcut
 from lehr.run.cache.store import Store
+from lehr.run.cache.terms import Terms
 from lehr.run.cache.ways import Wanted, Way
 from lehr.run.facts import named, unwrap
 from lehr.run.freezing import is_frozen
@@ -51,8 +52,8 @@ class Caching:
 class StageCache:
     """The shortcuts of one stage of `plan`: one for training on `feed`, one for validation, each found with its first batch.
 
-    `loss` is the stage's loss function; None where objectives take turns. `at` says how many updates are done, and `layout` how features
-    are to lie, if that is not for the frozen part to say.
+    `loss` is the stage's loss function; None where objectives take turns. `at` says how many updates are done, and `layout`
+    how features are to lie, if that is not for the frozen part to say.
 
     Raises:
         RecipeError: where the stage requires a cache and there can be none.
