@@ -50,6 +50,34 @@ def test_blocks_that_were_freed_are_used_again() -> None:
     assert pages < of_a_block < 10 * of_a_block < fetched
 
 
+GIVING = """
+import ctypes
+from pathlib import Path
+from lehr.run.allocator import give_back, keep_blocks
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+keep_blocks()
+block = ctypes.create_string_buffer(200 << 20)
+above = ctypes.create_string_buffer(1 << 20)
+del block
+kept = resident()
+give_back()
+print(kept - resident())
+"""
+
+
+@pytest.mark.skipif(not IS_GLIBC, reason="glibc on Linux alone keeps blocks, and tells what is resident")
+def test_what_lies_free_can_be_given_back() -> None:
+    """A large block that was kept goes back to the system when asked, though another lies above it."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LEHR_"))}
+    environ["PYTHONPATH"] = str(Path(allocator.__file__).parents[2])
+    found = subprocess.run(
+        [sys.executable, "-c", GIVING], env=environ, capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) > 150 << 10  # KiB
+
+
 @pytest.mark.skipif(not IS_GLIBC, reason="elsewhere another reason comes first")
 @pytest.mark.parametrize(
     ("device", "environ", "why"),

@@ -66,6 +66,23 @@ def test_folded(kind: Any, training: bool) -> None:
     assert fast.cut is halves.cut
 
 
+def test_few_convolutions_are_not_folded() -> None:
+    """Where nine tenths of the prefix's weights are no convolutions' there is little to gain from copies of these."""
+
+    class Mostly(Network):
+        def __init__(self, inner: int) -> None:
+            super().__init__()
+            self.mixer = nn.Sequential(nn.Linear(128, inner), nn.Linear(inner, 128))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen = self.stem(x)
+            return self.head(self.mixer((seen + self.block(seen)).mean((2, 3))))
+
+    for inner, is_folded in ((128, True), (8192, False)):
+        halves = halves_of(Mostly(inner), CALL, "head")
+        assert (halves.fast() is not halves) == is_folded
+
+
 def test_layout_of_what_crosses() -> None:
     """Pictures that cross lie in memory as the model's own would: contiguous, or channels last where its weights are so."""
 

@@ -173,6 +173,21 @@ def test_a_stage_tries_both_and_keeps_the_faster(
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_what_is_frozen_stays_as_the_rule_has_it(tried: list[str]) -> None:
+    """A trial lays out what trains alone: frozen weights decide features, which a resume computes once more."""
+    laid: list[tuple[bool, bool]] = []
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        form = {"memory_format": torch.channels_last}
+        laid.append((model.stem.weight.is_contiguous(**form), model.body.weight.is_contiguous(**form)))
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    ran("off", loss=loss)
+    assert tried
+    assert not any(stem for stem, _ in laid)
+    assert [body for _, body in laid] == [False] * 3 + [True] * 12 + [False] * 6
+
+
 @pytest.mark.parametrize("step", [2, 4, 6, 9])
 @pytest.mark.parametrize("cache", ["require", "off"])
 def test_a_resume_goes_on_in_the_layout_that_was_kept(

@@ -83,13 +83,11 @@ def may_be_tried(rule: Layout, model: nn.Module, on: Arithmetic, trained: frozen
     """Whether a stage that trains these parameters for so many steps can gain from another layout than the rule's: time
     enough, enough convolutions, and nobody who has decided.
     """
-    known = named(model)
-    training = {id(known[name]) for name in trained}
     return (
         not rule.is_given
         and steps >= _FEWEST_STEPS
         and on.device.type in ("cpu", "cuda")
-        and sum(w.numel() for w in _weights(model) if id(w) in training) >= _LEAST
+        and sum(w.numel() for w in _weights(model, trained)) >= _LEAST
     )
 
 
@@ -151,8 +149,9 @@ class Trial:
             torch.cuda.synchronize(self._device)
 
 
-def apply_layout(model: nn.Module, layout: Layout) -> None:
-    """Lay the weights of the 2-d convolutions out so, and their gradients; each stays the same parameter.
+def apply_layout(model: nn.Module, layout: Layout, trained: frozenset[str] | None = None) -> None:
+    """Lay the weights of the 2-d convolutions out so, and their gradients; each stays the same parameter. With `trained` those
+    alone that have these names.
 
     Optimizers of `lehr.optimizer` follow before their next step, and so may any other that is not fused.
 
@@ -163,7 +162,7 @@ def apply_layout(model: nn.Module, layout: Layout) -> None:
         True
     """
     form = _FORMATS[layout.name]
-    for weight in _weights(model):
+    for weight in _weights(model, trained):
         if not weight.is_contiguous(memory_format=form):
             weight.data = weight.data.contiguous(memory_format=form)
         if weight.grad is not None and not weight.grad.is_contiguous(memory_format=form):
@@ -180,14 +179,16 @@ def _words(name: Name) -> str:
     return name.replace("_", "-")
 
 
-def _weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of 2-d convolutions, each once."""
+def _weights(model: nn.Module, among: frozenset[str] | None = None) -> list[nn.Parameter]:
+    """The weights of 2-d convolutions, each once; of those `among` these names, if they are given."""
+    known = named(model)
+    wanted = {id(p) for name, p in known.items() if among is None or name in among}
     found = {
         id(module.weight): module.weight
         for module in model.modules()
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and type(module.weight) is nn.Parameter
     }
-    return list(found.values())
+    return [weight for key, weight in found.items() if key in wanted]
 
 
 def _came_channels_last(model: nn.Module) -> bool:

@@ -41,7 +41,7 @@ from lehr.run.facts import inspect, unwrap
 from lehr.run.files import write_tensors
 from lehr.run.folder import RunFolder, opened
 from lehr.run.happenings import decision_told, epoch_ended, run_ended, run_started, stage_started
-from lehr.run.layout import by_rule, named_layout
+from lehr.run.layout import by_rule
 from lehr.run.losses import LossSaid, judged_by, losses_of
 from lehr.run.optimizer import apply, optimizer
 from lehr.run.precision import arithmetic, slow_arithmetic
@@ -181,7 +181,7 @@ def fit(
         resumed = (
             resumption(folder, plan, run.terms, on, how=resume) if folder and run.terms and resume else None
         )
-        run.lay_out(named_layout(resumed.found.snapshot.state.layout) if resumed else run.rule)
+        run.lay_out(run.rule)
         seed_all(seed_of(plan.seed))  # spread over the 64 bits of which numpy takes the upper half
         torch.manual_seed(plan.seed)
         if resumed:

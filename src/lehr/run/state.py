@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from lehr.data.fingerprint import Fingerprint
 from lehr.untrusted import brief
 
-FORMAT = 3
+FORMAT = 4
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _COLUMNS = {"epoch": int, "stage": int, "step": int, "train_loss": float, "best": bool}
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -159,7 +159,7 @@ class State:
     `records` counts the journal's lines that were written when the state was taken; `instead_of` is the hash
     of the plan that a person replaced by this one, or empty; `frozen` has a digest of each tensor that the
     stage keeps frozen, as it was when the stage began; `random` has what is no tensor of the random states;
-    `layout` is how convolution weights lie in memory;
+    `rule` is how convolution weights lie in memory, and `layout` how those do that the stage trains;
     `files` are the checkpoint's tensors (`"tensors"`) and the weights of best epochs (`"best-3"`).
     """
 
@@ -180,6 +180,7 @@ class State:
     train: Fingerprint
     valid: Fingerprint | None
     settings: Settings
+    rule: Literal["contiguous", "channels_last"]
     layout: Literal["contiguous", "channels_last"]
     made: Made
     files: dict[str, FileSum]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -109,11 +109,15 @@ class Training:
     def __post_init__(self) -> None:
         self.plan = self.made
 
-    def lay_out(self, layout: Layout) -> None:
-        """Have convolution weights laid out so from here on."""
+    def lay_out(self, layout: Layout, trained: frozenset[str] | None = None) -> None:
+        """Have convolution weights laid out so from here on: all, or those of these names. What is frozen stays as the rule
+        has it, so that a resume computes its features to the same bits.
+        """
+        if trained is not None and layout.name == self.layout:
+            return
         self.layout = layout.name
         for model in (self.model, *([self.average.model] if self.average else [])):
-            apply_layout(model, layout)
+            apply_layout(model, layout, trained)
         give_back()
 
     def enter(self, index: int) -> PlannedStage:
@@ -200,12 +204,13 @@ class Training:
         number = step.index - self.plan.stages[self.stage].start
         if trial is None or number >= trial.steps:
             return update(window, step.index)
-        self.lay_out(named_layout(trial.at(number)))
+        trained = self.plan.trainable(self.plan.stages[self.stage])
+        self.lay_out(named_layout(trial.at(number)), trained)
         with trial.timed():
             loss = update(window, step.index)
         if number == trial.steps - 1:
             found = trial.decided()
-            self.lay_out(found)
+            self.lay_out(found, trained)
             tell(Note(found.said))
         return loss
 
@@ -292,7 +297,7 @@ class Training:
             gauge=self.gate.gauge if self.gate else self.gauge,
             history=tuple(dict(row) for row in self.history), best=self.best.so_far, frozen=dict(self.frozen or {}),
             optimizer=slots, scalers=scalers, random=plain, train=self.terms.train, valid=self.terms.valid,
-            settings=self.terms.settings, layout=self.layout, made=made_by(self.on), files={},
+            settings=self.terms.settings, rule=self.rule.name, layout=self.layout, made=made_by(self.on), files={},
         )  # fmt: skip
         trained = tuple(f"model/{name}" for name in self.plan.trainable(self.plan.stages[self.stage]))
         return Snapshot(state, self._copies.of(tensors | states), self.best.held, trained)
@@ -310,6 +315,9 @@ class Training:
             raise CheckpointError(str(error)) from None
         if not _is_place(state.at, self.plan):
             raise CheckpointError(f"{state.at} is no place of the plan")
+        self.rule = replace(self.rule, name=state.rule)
+        self.lay_out(self.rule)
+        self.lay_out(named_layout(state.layout), self.plan.trainable(self.plan.stages[state.at.stage]))
         try:
             for part, module in reversed(self._parts.items()):
                 put_back(part, module, snapshot.tensors)
