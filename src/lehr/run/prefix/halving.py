@@ -37,6 +37,10 @@ class Parts:
         return self.traced.output
 
 
+SEEN = "lehr_seen"
+"""What a prefix's node was seen to do is in its `meta` under this key."""
+
+
 @dataclass(frozen=True)
 class Prefix:
     """`module` gives the tensors that cross, and then `sizes`, which the suffix computes from the batch size. `written` are
@@ -142,6 +146,7 @@ def _prefix(parts: Parts, place: Place, sizes: Sequence[fx.Node]) -> Prefix:
     for node in seen:
         if node in needed or node.op == "placeholder":
             writer.copy(node)
+            writer.at[node].meta[SEEN] = seen[node]
     leaves = [leaf for n in place.crossing for leaf in _leaves(writer.graph, writer.at[n], seen[n].value)]
     writer.graph.output((tuple(leaves), tuple(writer.at[n] for n in sizes)))
     written = {g for n in needed for g in seen[n].writes}
