@@ -38,7 +38,7 @@ class Network(nn.Module):
         return self.head((seen + self.block(seen)).mean((2, 3)))
 
 
-CALL = Call((torch.randn(4, 3, 8, 8),), {})
+CALL = Call((torch.randn(4, 3, 20, 20),), {})
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
@@ -64,6 +64,15 @@ def test_folded(kind: Any, training: bool) -> None:
     assert torch.equal(halves.prefix(*CALL.args)[0], exact[0])
     assert fast.reads is halves.reads
     assert fast.cut is halves.cut
+
+
+@pytest.mark.parametrize(("side", "is_folded"), [(20, True), (8, False)])
+def test_folded_where_it_spares_more_than_it_copies(side: int, is_folded: bool) -> None:
+    """A convolution with more weights than its output has numbers, for four images, keeps its own, and its norm."""
+    model = Network()
+    first = halves_of(model, Call((torch.randn(4, 3, side, side),), {}), "head").fast()._first.module
+    left = [m for m in first.modules() if type(m) is nn.BatchNorm2d]
+    assert left == ([] if is_folded else [model.block[1]])
 
 
 def test_few_convolutions_are_not_folded() -> None:
