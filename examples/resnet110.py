@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> lehr.Result | None:
     result = None
     try:
         result = lehr.fit(
-            torch.compile(net) if asked.compile else net, train, valid, recipe=recipe, loss=classified, out=asked.out,
+            net, train, valid, recipe=recipe, loss=classified, out=asked.out, compile=asked.compile,
             device=device, precision=asked.precision, observers=[progress(), pace], resume="auto", checkpoint="1 minute",
         )  # fmt: skip
     except SystemExit:

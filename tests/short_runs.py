@@ -94,14 +94,15 @@ def ran(
     model: nn.Module | None = None,
     train: Any = None,
     valid: Any = "the usual",
+    observed: Any = None,
     **more: Any,
 ) -> Ran:
-    """A run on the CPU in fp32."""
+    """A run on the CPU in fp32; `observed` is told of its events, too."""
     events: list[Event] = []
     result = lehr.fit(
         net() if model is None else model, images() if train is None else train,
         images(9, seed=5) if isinstance(valid, str) else valid, recipe=said, device="cpu", precision="fp32",
-        observers=[events.append], **more,
+        observers=[events.append, *([observed] if observed else [])], **more,
     )  # fmt: skip
     losses = [loss for e in events if isinstance(e, StepsTaken) for loss in e.losses]
     rows = tuple({k: v for k, v in row.items() if k != "seconds"} for row in result.history)

@@ -397,6 +397,16 @@ def test_where_to_train_is_checked_before_anything_is_written(
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_compiling_is_refused_before_the_data_are_read(
+    lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--compile` without a compiler ends with 2, though the data are not there either."""
+    monkeypatch.setattr("lehr.run.compiling.cannot_compile", lambda *_: "there is no compiler")
+    said = lehr("fit", "nowhere", "--compile")
+    assert (said.code, said.last) == (2, "lehr: --compile: there is no compiler")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_stops_a_run_before_it_begins_leaves_only_what_was_there(
     lehr: Lehr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from lehr.__main__ import main
 from lehr.events import Note, Resumed, RunEnded
 from lehr.planning import Plan
 from lehr.recipe_file import load_recipe
+from lehr.run import compiling
 from lehr.run.update import Update
 from small_run import checkpoints, content, events, fit, forge, losses
 
@@ -160,6 +161,29 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     assert said.last.startswith("next: lehr predict")
     assert same_as(templates.ended, stopped)
     assert [event.step for event in events(stopped) if isinstance(event, Resumed)] == [STOP]
+
+
+def test_a_compiled_run_goes_on_compiled(
+    templates: Templates, tmp_path: Path, lehr: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began with `--compile` is compiled when it goes on, and says how it is not where that is said."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "_INDUCTOR", "eager")  # which needs no time
+    recipe = templates.data.parent / "recipe.toml"
+    said = ("--recipe", recipe, "--model", "digits_net", "--no-scratch", "--workers", "0", "--compile")
+    for name in ("run", "other"):
+        with stopping_in(STOP):
+            assert lehr("fit", templates.data, *said, "--out", name).code == 130
+    assert lehr("resume", "run").code == 0
+    assert same_as(templates.ended, tmp_path / "run")
+    assert lehr("resume", "other", "--no-compile").code == 0
+    told = [
+        [e.text for e in events(tmp_path / name) if isinstance(e, Note) and "compile" in e.text]
+        for name in ("run", "other")
+    ]
+    assert [len([text for text in texts if "compiled by eager" in text]) for texts in told] == [2, 1]
+    assert not any("close, not the same" in text for text in told[0])
+    assert "compile off, was eager" in told[1][-1]
 
 
 def test_the_way_on_is_said(templates: Templates, lehr: Callable[..., Said], tmp_path: Path) -> None:

@@ -59,10 +59,9 @@ def main(context: click.Context) -> None:
 def fit(out: str | None, scratch: bool | None, **asked: Any) -> None:
     """Fine-tune a model on DATA, in stages."""
     from lehr import job as jobs
-    from lehr.run.precision import arithmetic
 
     said = _run_said(asked)
-    arithmetic(said.get("device", "auto"), said.get("precision", "auto"))  # refused before the data are read
+    _check_machine(said)
     _check_every(said)
     job = _prepared(_request(asked), fetch=True)
     with jobs.new_run(job, out) as folder:
@@ -142,11 +141,27 @@ def verify(
 def _run_said(asked: dict[str, Any]) -> dict[str, Any]:
     """What was said of how to train, taken out of `asked`; what was not said is left out."""
     checkpoint = {key: asked.pop(key) for key in ("every", "keep", "keep_best")}
-    said = {key: asked.pop(key) for key in ("device", "precision", "workers", "cache_dir", "tensorboard")}
+    said = {
+        key: asked.pop(key)
+        for key in ("device", "precision", "workers", "cache_dir", "compile", "tensorboard")
+    }
     return {
         **{key: value for key, value in said.items() if value is not None},
         "checkpoint": {key: value for key, value in checkpoint.items() if value is not None},
     }
+
+
+def _check_machine(said: dict[str, Any]) -> None:
+    """Refuse a device, a precision or compiling that this machine does not have, before the data are read."""
+    from lehr.errors import RequestError
+    from lehr.run.precision import arithmetic
+
+    on = arithmetic(said.get("device", "auto"), said.get("precision", "auto"))
+    if said.get("compile"):
+        from lehr.run.compiling import cannot_compile
+
+        if why := cannot_compile(on):
+            raise RequestError(f"--compile: {why}")
 
 
 def _check_every(said: dict[str, Any]) -> None:
@@ -183,7 +198,7 @@ def _train(job: Job, folder: RunFolder, said: dict[str, Any], change: Change | N
             workers=_workers(job, said.get("workers")),
             **{
                 key: said[key]
-                for key in ("device", "precision", "checkpoint", "resume", "cache_dir")
+                for key in ("device", "precision", "checkpoint", "resume", "cache_dir", "compile")
                 if key in said
             },
         )
@@ -235,7 +250,7 @@ def _compare(job: Job, result: Any, said: dict[str, Any]) -> None:
     best, steps = result.best, result.plan.total_steps  # fewer than planned, where evidence ended a stage
     _say(f"the same network from scratch, as many updates ({steps:,}):")
     made, recipe = from_scratch(job, steps)
-    on = {key: said[key] for key in ("device", "precision") if key in said}
+    on = {key: said[key] for key in ("device", "precision", "compile") if key in said}
     workers = _workers(job, said.get("workers"))
     other = run_fit(made.module, *_halves(job), recipe=recipe, observers=[_bar()], workers=workers, **on).best
     monitor = job.recipe.monitor if job.recipe.monitor in best else "train_loss"

@@ -222,7 +222,7 @@ def prepare_again(
 
 
 def begun_run(run: str) -> tuple[RunFolder, dict[str, Any]]:
-    """The directory of a run, and how it was trained: device, precision, and how often it was saved.
+    """The directory of a run, and how it was trained: device, precision, whether compiled, and how often it was saved.
 
     Raises:
         CheckpointError: where it has no checkpoint.
@@ -241,6 +241,7 @@ def begun_run(run: str) -> tuple[RunFolder, dict[str, Any]]:
     return folder, {
         "device": made.device,
         "precision": made.precision,
+        "compile": made.compile or False,
         "checkpoint": asdict(state.settings),
     }
 

@@ -124,5 +124,11 @@ def run_options(*, begun: bool) -> Callable[[F], F]:
             metavar="DIR",
             help="Keep what frozen parts compute of the images, for later runs.  [default: for this run alone]",
         ),
+        click.option(
+            "--compile/--no-compile",
+            "compile",
+            default=None,
+            help=f"Have torch.compile make code of the model, once a stage.  {said('no')}",
+        ),
         click.option("--tensorboard", is_flag=True, help="Write for TensorBoard, too, into the run."),
     )

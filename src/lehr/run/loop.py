@@ -36,6 +36,7 @@ from lehr.resolving import resolve
 from lehr.run.allocator import keep_blocks
 from lehr.run.best import Best
 from lehr.run.cache.stage_cache import Caching
+from lehr.run.compiling import Compile, check_compile, compiled, name_of
 from lehr.run.ema import Ema
 from lehr.run.facts import inspect, unwrap
 from lehr.run.files import write_tensors
@@ -50,7 +51,7 @@ from lehr.run.resuming import Resume, Resumption, check_resume, resumption
 from lehr.run.sampler import Feed, died, feed, samples_in
 from lehr.run.saver import Saver
 from lehr.run.stopping import Stop, Stopped, stopping
-from lehr.run.training import Terms, Training
+from lehr.run.training import Terms, Training, made_by
 from lehr.run.update import Update, cross_entropy
 from lehr.run.validation import Metrics, higher_is_better, validate
 from lehr.run.watch import EpochWatch, Tell, non_finite, telling
@@ -96,6 +97,7 @@ def fit(
     resume: Resume = False,
     checkpoint: str | Mapping[str, object] = "10 minutes",
     cache_dir: str | Path | None = None,
+    compile: Compile = False,
 ) -> Result:
     """Train `model` in place as `recipe` says, stage by stage, and return what came of it.
 
@@ -130,6 +132,8 @@ def fit(
             saved at its start, at each stage's end, and when it is stopped.
         cache_dir: a directory where the features that frozen parts compute are kept for later runs (docs/cache.md); None
             keeps them for this run alone.
+        compile: True has `torch.compile` make code of the model, once a stage (docs/speed.md); a backend's name, or a
+            function, is one of torch's instead of inductor. Afterwards the model is run as it is written again.
 
     Raises:
         RequestError: (or one of its kinds) for what cannot be done; nothing was started.
@@ -161,6 +165,7 @@ def fit(
     losses = losses_of(recipe, plan, loss)
     check(plan, training, validation, metrics, losses)
     check_unused(recipe, training, loss)
+    check_compile(compile, model, on, takes_turns=any(plan.objectives))
     model.to(on.device)
     tuning = keep_blocks(on.device.type)
     optimizers = {name: optimizer(plan, model, name) for name in plan.objectives}
@@ -174,12 +179,15 @@ def fit(
             model, on, Path(out) if out else None, Path(cache_dir) if cache_dir else None,
             validation.samples if validation else 0,
         ),
+        compiled_by=name_of(compile),
     )  # fmt: skip
     judge = None if validation is None else partial(_judged, run, loss, validation, metrics)
     with nullcontext() if out is None else opened(out, resume=bool(resume)) as folder:
         run.terms = Terms.of(training, validation, cadence) if folder else None
         resumed = (
-            resumption(folder, plan, run.terms, on, how=resume) if folder and run.terms and resume else None
+            resumption(folder, plan, run.terms, made_by(on, run.compiled_by), how=resume)
+            if folder and run.terms and resume
+            else None
         )
         run.lay_out(run.rule)
         seed_all(seed_of(plan.seed))  # spread over the 64 bits of which numpy takes the upper half
@@ -193,13 +201,14 @@ def fit(
         else:
             first: list[Event] = [run_started(plan, run.plan, training, validation, on)]
             told = resumed.notes if resumed else (*notes, *plan.notes)
-            here = [slow_arithmetic(on), run.rule.said if run.rule.name != "contiguous" else ""]
-            here += [tuning.said] if tuning.is_tuned else []
-            first += [Note(note) for note in (*told, *filter(None, here))]
             try:
-                _recorded(
-                    run, judge, folder, observers, recipe=recipe, cadence=cadence, resumed=resumed, first=first
-                )  # fmt: skip
+                with compiled(compile, run.models, on, stages=len(plan.stages)) as how:
+                    here = [slow_arithmetic(on), run.rule.said if run.rule.name != "contiguous" else ""]
+                    here += [tuning.said if tuning.is_tuned else "", how]
+                    first += [Note(note) for note in (*told, *filter(None, here))]
+                    _recorded(
+                        run, judge, folder, observers, recipe=recipe, cadence=cadence, resumed=resumed, first=first
+                    )  # fmt: skip
             finally:
                 if run.cache:  # also after an error, whose traceback holds on to the run
                     run.cache.close()

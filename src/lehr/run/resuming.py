@@ -18,9 +18,8 @@ from lehr.planning import Plan
 from lehr.replanning import check_continuation
 from lehr.run.checkpoint import CheckpointFolder, Found
 from lehr.run.folder import RunFolder
-from lehr.run.precision import Arithmetic
-from lehr.run.state import DamageError, State
-from lehr.run.training import Terms, followed, made_by
+from lehr.run.state import DamageError, Made, State
+from lehr.run.training import Terms, followed
 
 Resume = Literal[False, True, "auto", "changed"]
 _KNOWN = (False, True, "auto", "changed")
@@ -54,10 +53,9 @@ def check_resume(resume: object, out: object) -> None:
         raise CheckpointError(f"{out}: no such directory; expected the directory of a run of lehr fit")
 
 
-def resumption(
-    folder: RunFolder, plan: Plan, terms: Terms, on: Arithmetic, *, how: Resume
-) -> Resumption | None:
-    """What to go on from in `folder`; None where no run has begun there and `how` allows for that.
+def resumption(folder: RunFolder, plan: Plan, terms: Terms, made: Made, *, how: Resume) -> Resumption | None:
+    """What to go on from in `folder`, with what is `made` by this process; None where no run has begun there and `how` allows
+    for that.
 
     Raises:
         CheckpointError: where there is nothing good to go on from, or it is of another plan or other data,
@@ -74,14 +72,14 @@ def resumption(
         return None
     state = found.snapshot.state
     notes = [f"passed over {words}" for words in found.passed_over]
-    made, was = made_by(on), state.made
+    was = state.made
     # Data first: of others, the plan differs too, and no change is allowed.
     notes += _same_data(folder, state, terms, same_versions=(made.lehr, made.torch) == (was.lehr, was.torch))
     replaces = _same_plan(folder, state, plan, changed=how == "changed")
     lines, ended_at = _journal(folder)
     other = [
-        f"{name} {getattr(made, name)}, was {getattr(was, name)}"
-        for name in ("lehr", "torch", "device", "precision", "threads")
+        f"{name} {getattr(made, name) or 'off'}, was {getattr(was, name) or 'off'}"
+        for name in ("lehr", "torch", "device", "precision", "threads", "compile")
         if getattr(made, name) != getattr(was, name)
     ]
     if other:

@@ -132,13 +132,16 @@ class Slots:
 
 @dataclass(frozen=True, config=_STRICT)
 class Made:
-    """By what the state was made; on anything else a run goes on closely, not to the bit."""
+    """By what the state was made; on anything else a run goes on closely, not to the bit. `compile` is the backend that
+    compiled the model, or empty.
+    """
 
     lehr: str
     torch: str
     device: str
     precision: str
     threads: Count
+    compile: str = ""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -67,6 +67,7 @@ class Training:
     """A run under way. `made` is its plan as it was made, `plan` the one that follows with what was decided since.
     `stage`, `epoch` and `step` say where it is, as in `Position`; `instead_of` is the hash of the plan that its own
     replaces, until that is written down. Optimizers and updates are by objective, losses by stage and objective.
+    `compiled_by` is the backend that compiles the model, in a word.
     """
 
     made: Plan
@@ -98,6 +99,7 @@ class Training:
     cache: StageCache | None = None
     layout: Name = "contiguous"
     trial: Trial | None = None
+    compiled_by: str = ""
     plan: Plan = field(init=False)
     _copies: Copies = field(default_factory=Copies)
 
@@ -105,6 +107,11 @@ class Training:
     def seconds(self) -> float:
         """How long the run has trained, in this process and those before it."""
         return self.before + time.monotonic() - self.began
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """What is called: the model, and the average of its weights where there is one."""
+        return [self.model, *([self.average.model] if self.average else [])]
 
     def __post_init__(self) -> None:
         self.plan = self.made
@@ -116,7 +123,7 @@ class Training:
         if trained is not None and layout.name == self.layout:
             return
         self.layout = layout.name
-        for model in (self.model, *([self.average.model] if self.average else [])):
+        for model in self.models:
             apply_layout(model, layout, trained)
         give_back()
 
@@ -138,11 +145,12 @@ class Training:
 
     def hasten(self, tell: Tell) -> StageCache:
         """Let the stage go the short way, where there is one: what does not train is computed once a sample. Layouts are tried
-        where another may be faster.
+        where another may be faster; not in a compiled run, for each is another graph.
         """
         stage = self.plan.stages[self.stage]
         trained = self.plan.trainable(stage)
-        may_try = stage.is_plain and may_be_tried(self.rule, self.model, self.on, trained, stage.steps)
+        may_try = stage.is_plain and not self.compiled_by
+        may_try = may_try and may_be_tried(self.rule, self.model, self.on, trained, stage.steps)
         self.trial = Trial(self.rule, self.on.device) if may_try else None
         loss = self.losses[stage.index].get("")
         set_trainable(self.model, trained)  # the way is found before the stage's first step
@@ -297,7 +305,8 @@ class Training:
             gauge=self.gate.gauge if self.gate else self.gauge,
             history=tuple(dict(row) for row in self.history), best=self.best.so_far, frozen=dict(self.frozen or {}),
             optimizer=slots, scalers=scalers, random=plain, train=self.terms.train, valid=self.terms.valid,
-            settings=self.terms.settings, rule=self.rule.name, layout=self.layout, made=made_by(self.on), files={},
+            settings=self.terms.settings, rule=self.rule.name, layout=self.layout,
+            made=made_by(self.on, self.compiled_by), files={},
         )  # fmt: skip
         trained = tuple(f"model/{name}" for name in self.plan.trainable(self.plan.stages[self.stage]))
         return Snapshot(state, self._copies.of(tensors | states), self.best.held, trained)
@@ -390,9 +399,11 @@ def _by_turns(stage: PlannedStage, step: int, windows: Iterator[tuple[int, Windo
                 break
 
 
-def made_by(on: Arithmetic) -> Made:
+def made_by(on: Arithmetic, compiled_by: str) -> Made:
     """By what a state is made here."""
-    return Made(__version__, torch.__version__, on.device.type, on.precision, torch.get_num_threads())
+    return Made(
+        __version__, torch.__version__, on.device.type, on.precision, torch.get_num_threads(), compiled_by
+    )
 
 
 def _check_best(best: Mapping[int, Mapping[str, torch.Tensor]], model: nn.Module) -> None:

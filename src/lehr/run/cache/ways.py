@@ -27,7 +27,7 @@ from lehr.run.prefix.analysis import Halves, analyse
 from lehr.run.prefix.cuts import Call, CannotSplit, Cut, choose
 from lehr.run.prefix.proof import Judged, prove
 from lehr.run.prefix.unmoved import refuse_sparse, unmoved
-from lehr.run.untouched import state_kept
+from lehr.run.untouched import state_kept, without_compiling
 from lehr.run.update import Loss, Returned, scalar_loss
 
 _LOOKED_AT = 3  # samples of a real batch by which places to cut are looked for
@@ -119,7 +119,7 @@ def find_way(
     check_worth(model, batch, wanted)
     _refuse_parallel(model)
     refuse_sparse(unwrap(model))
-    with _as_it_was(model, loss, on), on.autocast():
+    with _as_it_was(model, loss, on), without_compiling(model), on.autocast():
         with unmoved(unwrap(model), copied=True):
             seen = calling(model, loss, batch)
             work = _work(model, seen.call(part(batch, 1)))
