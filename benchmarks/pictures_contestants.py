@@ -74,11 +74,16 @@ def hand_contiguous(model: nn.Module, task: Task) -> None:
     _by_hand(model, task, torch.contiguous_format)
 
 
+def _patterns(paths: tuple[str, ...]) -> list[str]:
+    """Modules as lehr's patterns: "norm" alone would be every norm there is."""
+    return [path if path == "all" else f"{path}.*" for path in paths]
+
+
 def _lehr(model: nn.Module, task: Task, **said: Any) -> None:
     import lehr
 
     recipe = lehr.Recipe(
-        [lehr.Stage(f"{task.epochs} epochs", train=list(task.paths), lr=LR)],
+        [lehr.Stage(f"{task.epochs} epochs", train=_patterns(task.paths), lr=LR)],
         optimizer="adamw",
         weight_decay=DECAY,
         batch_size=task.batch,
