@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.data import DataLoader
 
 import adversaries
 import lehr
@@ -38,6 +41,10 @@ def thawing(*trained: Any, **said: Any) -> lehr.Recipe:
     """A stage of two epochs for each, of batches of 8, 8 and 4."""
     stages = [lehr.Stage("2 epochs", train=train, lr=0.02) for train in trained]
     return lehr.Recipe(stages, **{"batch_size": 8, "ema": 0.9, "seed": 3, "cache": "off", **said})
+
+
+def _as_traced(graph: fx.GraphModule, _: Any) -> Any:
+    return make_boxed_func(graph.forward)
 
 
 HEAD, SOME, ALL = "head", ["head", "body.1"], "all"
@@ -74,6 +81,23 @@ def test_a_graph_a_stage_and_one_to_validate(more: dict[str, Any]) -> None:
     assert graphs_by_stage(HEAD, SOME, ALL, HEAD, **more) == [2, 3, 4, 4]
 
 
+def test_a_last_batch_of_one_sample() -> None:
+    """Where a person's own loader ends with a single sample, a stage has one graph more: torch compiles for that alone."""
+
+    def graphs(epochs: int) -> int:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        stages = [lehr.Stage(f"{epochs} epochs", train=train, lr=0.02) for train in (HEAD, ALL)]
+        counting, loader = Counting(), DataLoader(data(17), batch_size=8)
+        fit(
+            None, model=model, train=loader, recipe=lehr.Recipe(stages, batch_size=8, cache="off"), compile=counting
+        )  # fmt: skip
+        return counting.graphs
+
+    assert graphs(1) == graphs(3) == 2 * 2 + 1
+
+
 def test_inputs_that_the_loss_function_makes() -> None:
     """Batches that a loss function has changed have any size, too."""
 
@@ -105,12 +129,18 @@ def test_a_run_that_goes_on_compiles_once_a_stage(tmp_path: Path) -> None:
     assert not [e for e in told if isinstance(e, Note) and "close" in e.text]
 
 
-def test_another_way_than_before_is_told(tmp_path: Path) -> None:
-    """A compiled run that goes on as it is written says that the result will be close."""
-    fit(tmp_path / "run", stop=9, compile="eager")
+@pytest.mark.parametrize(("first", "then"), [("eager", False), (False, "eager")])
+def test_another_way_than_before_is_told(first: Any, then: Any, tmp_path: Path) -> None:
+    """A compiled run goes on as it is written, and the other way round, and says that the result will be close; by a backend
+    that changes nothing it is the same.
+    """
+    fit(tmp_path / "run", stop=9, compile=first)
     told: list[Event] = []
-    assert fit(tmp_path / "run", resume=True, observers=[told.append])
-    assert "compile off, was eager" in "".join(e.text for e in told if isinstance(e, Note))
+    again = fit(tmp_path / "run", resume=True, compile=then, observers=[told.append])
+    assert f"compile {then or 'off'}, was {first or 'off'}" in "".join(
+        e.text for e in told if isinstance(e, Note)
+    )
+    assert came_to(again) == came_to(fit(tmp_path / "whole"))
 
 
 # --- what comes out ---
@@ -131,6 +161,27 @@ def test_the_same_bits_and_the_same_model(tmp_path: Path) -> None:
         [e.text for e in small_run.events(tmp_path / run) if isinstance(e, Note)] for run in ("usual", "ours")
     ]
     assert [[text for text in texts if "compiled by eager" in text] != [] for texts in notes] == [False, True]
+
+
+def test_traced_for_gradients_too() -> None:
+    """Forward and backward traced and run as they are, the losses are the same but for rounding, with as many graphs of each."""
+    graphs = {"forward": 0, "backward": 0}
+
+    def counted(which: str) -> Callable[..., Any]:
+        def compiler(graph: fx.GraphModule, example: Any) -> Any:
+            graphs[which] += 1
+            return _as_traced(graph, example)
+
+        return compiler
+
+    backend = aot_autograd(fw_compiler=counted("forward"), bw_compiler=counted("backward"))
+    recipe = thawing(HEAD, ALL, optimizer="sgd")
+    ours, usual = fit(None, recipe=recipe, compile=backend), fit(None, recipe=recipe)
+    assert ours is not None
+    assert usual is not None
+    for one, other in zip(ours.history, usual.history, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    assert graphs == {"forward": 3, "backward": 2}
 
 
 @pytest.mark.parametrize("how", ["error", "interrupted"])
@@ -156,18 +207,25 @@ def test_a_run_that_ends_early(how: str, tmp_path: Path) -> None:
     assert is_as_it_came(model)
 
 
-def test_what_the_backend_cannot_do_is_said() -> None:
-    """A backend that fails ends the run in words, with the way to do without."""
+def unable(_: fx.GraphModule, __: Any) -> Any:
+    raise ValueError("no such operation")
 
-    def unable(_: fx.GraphModule, __: Any) -> Any:
-        raise ValueError("no such operation")
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_what_the_backend_cannot_do_is_said(where: str, tmp_path: Path) -> None:
+    """A backend that fails, for the backward pass too, ends the run in words before that step is made; from there it goes on
+    without.
+    """
+    backend = unable if where == "forward" else aot_autograd(fw_compiler=_as_traced, bw_compiler=unable)
     model = net()
     with pytest.raises(
-        RunError, match=r"could not be compiled by unable \(.*no such operation.*\); leave compile out"
+        RunError,
+        match=r"could not be compiled by .* \(.*no such operation.*\); go without \(compile=False, --no",
     ):
-        fit(None, model=model, compile=unable)
+        fit(tmp_path / "run", model=model, compile=backend)
     assert is_as_it_came(model)
+    assert all(torch.equal(t, net().state_dict()[name]) for name, t in model.state_dict().items())
+    assert came_to(fit(tmp_path / "run", resume=True)) == came_to(fit(tmp_path / "usual"))
 
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)

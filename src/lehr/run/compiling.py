@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ Compile: TypeAlias = "bool | Backend"
 """What a person says: whether to compile, and by which of torch's backends; True is inductor."""
 _INDUCTOR = "inductor"
 _CALL = "_compiled_call_impl"  # where `nn.Module.compile` puts what is called instead
+_WITHOUT = "go without (compile=False, --no-compile)"
 _GRAPHS_A_STAGE = 2  # one to train; and one for a batch of a single sample, which torch compiles on its own
 
 
@@ -78,9 +79,11 @@ def compiled(said: Compile, models: Sequence[nn.Module], on: Arithmetic, *, stag
     """
     backend, sentence = _backend(said), ""
     with ExitStack() as stack:
+        if backend is not None:
+            stack.enter_context(_backward_at_once())
         for model in models if backend is not None else ():
             sentence = compile_in_place(model, on, stages=stages, backend=backend or _INDUCTOR)
-            stack.callback(model.__dict__.pop, _CALL)
+            stack.callback(model.__dict__.pop, _CALL, None)
         yield sentence
 
 
@@ -131,9 +134,7 @@ def _prepared(model: nn.Module, call: Callable[..., Any], name: str) -> Callable
                 return call(*args, **kwargs)
         except TorchDynamoException as error:
             said = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            raise RunError(
-                f"the model could not be compiled by {name} ({said}); leave compile out"
-            ) from error
+            raise RunError(f"the model could not be compiled by {name} ({said}); {_WITHOUT}") from error
 
     return prepared
 
@@ -166,7 +167,7 @@ def cannot_compile(on: Arithmetic, backend: Backend = _INDUCTOR) -> str:
     try:
         check_if_dynamo_supported()
     except RuntimeError as error:
-        return f"this Python cannot be compiled for ({error}); leave compile out"
+        return f"this Python cannot be compiled for ({error}); {_WITHOUT}"
     if backend != _INDUCTOR:
         return ""
     if on.device.type == "cuda":
@@ -195,6 +196,16 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _backward_at_once() -> AbstractContextManager[Any]:
+    """The backward pass is compiled with the forward pass: by itself torch may do that in the midst of it, where what the
+    backend cannot do comes as any error at all.
+    """
+    from torch._functorch import config
+
+    name = "force_non_lazy_backward_lowering"  # not in the first torch that is allowed
+    return config.patch({name: True}) if hasattr(config, name) else nullcontext()
+
+
 def limits() -> dict[str, int]:
     """How many graphs of a function torch makes before it runs that as it is written from then on, in silence; by the
     names of its settings.
@@ -217,11 +228,7 @@ def _allow(graphs: int) -> None:
 def _no_triton() -> str:
     from torch.utils._triton import has_triton
 
-    return (
-        ""
-        if has_triton()
-        else "on CUDA it needs Triton (pip install triton); install it, or leave compile out"
-    )
+    return "" if has_triton() else f"on CUDA it needs Triton (pip install triton); install it, or {_WITHOUT}"
 
 
 def _no_cpp_compiler() -> str:
@@ -233,9 +240,9 @@ def _no_cpp_compiler() -> str:
         asked = f" (CXX={os.environ['CXX']})" if "CXX" in os.environ else ""
         return (
             f"on a CPU it needs a C++ compiler, and there is none{asked}; install one (g++, clang, or Visual C++ on "
-            "Windows), or leave compile out"
+            f"Windows), or {_WITHOUT}"
         )
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.is_file():
-        return f"on a CPU it needs Python's header files, and {header} is not there; install python3-dev, or leave compile out"
+        return f"on a CPU it needs Python's header files, and {header} is not there; install python3-dev, or {_WITHOUT}"
     return ""
