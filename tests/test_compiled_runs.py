@@ -336,6 +336,19 @@ def test_what_is_compiled_already(tmp_path: Path) -> None:
     assert own._compiled_call_impl is call
 
 
+def test_a_method_of_that_name() -> None:
+    """A model's own `compile`, which does something else, is left alone."""
+
+    class Own(small_run.Net):
+        def compile(self) -> None:  # type: ignore[override]
+            raise AssertionError
+
+    model, counting = Own(), Counting()
+    fit(None, model=model, recipe=thawing(HEAD), compile=counting)
+    assert counting.graphs
+    assert is_as_it_came(model)
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without a C++ compiler nothing is begun."""
     from torch._inductor import cpp_builder, exc

@@ -115,7 +115,7 @@ def compile_in_place(
     """
     check_compile(backend, model, on)
     _allow(1 + _GRAPHS_A_STAGE * stages)
-    model.compile(backend=backend)
+    nn.Module.compile(model, backend=backend)  # a model may have a method of that name for something else
     name = name_of(backend)
     model.__dict__[_CALL] = _prepared(model, model.__dict__[_CALL], name)
     return f"compiled by {name}: each stage at its first step, and validation once; what goes by a cache is not compiled"
