@@ -36,7 +36,7 @@ from lehr.events import CacheClosed, Event, Note, PrefixCached
 from lehr.run.facts import inspect
 from lehr.run.models import make_model
 from machine import machine
-from pictures_runs import HERE, ROOT, commit
+from pictures_runs import HERE, ROOT, commit, save
 
 SHARED = ROOT.parent / "shared"
 OUT = HERE / "results" / "accuracies.json"
@@ -84,7 +84,7 @@ def main() -> int:
             todo = [(s, c) for s in asked.seeds for c in CACHES if _pick(runs, task, s, c) is None]
             for run in _runs(task, todo, *asked.where[task.name]):
                 runs.append(run)
-                _save(runs, asked.out)
+                save(runs, asked.out)
                 print(_said(run), file=sys.stderr, flush=True)
     page = _page(runs)
     print(page)
@@ -343,14 +343,6 @@ def _each(runs: Sequence[Found], key: str) -> str:
 def _said(run: Found) -> str:
     share = 100 * run["right"] / run["of"]
     return f"{run['setting'].split(':')[0]}, seed {run['seed']}, cache {run['cache']}: {share:.2f} %; CPU {run['cpu_seconds']:.1f} s"
-
-
-def _save(runs: Sequence[Found], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(run) for run in runs)
-    draft = out.with_suffix(".part")
-    draft.write_text(f'{{"machine": {json.dumps(machine())}, "runs": [\n{lines}\n]}}\n', encoding="utf-8")
-    draft.replace(out)
 
 
 if __name__ == "__main__":

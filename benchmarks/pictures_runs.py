@@ -84,12 +84,17 @@ class Store:
         """Keep a run, in the place of an earlier one of the same key, and write all down."""
         with self.lock:
             self.runs = [kept for kept in self.runs if kept.key != run.key] + [run]
-            lines = ",\n".join(json.dumps(asdict(kept)) for kept in self.runs)
-            head = json.dumps({"machine": machine(), "python": platform.python_version()})[:-1]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(".part")
-            draft.write_text(f'{head}, "runs": [\n{lines}\n]}}\n', encoding="utf-8")
-            draft.replace(self.path)
+            save([asdict(kept) for kept in self.runs], self.path)
+
+
+def save(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write runs down, a line for each; the file is whole at any time."""
+    lines = ",\n".join(map(json.dumps, runs))
+    head = json.dumps({"machine": machine(), "python": platform.python_version()})[:-1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(f'{head}, "runs": [\n{lines}\n]}}\n', encoding="utf-8")
+    draft.replace(path)
 
 
 Job = tuple[Setting, Sequence[str], int]

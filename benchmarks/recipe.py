@@ -25,7 +25,7 @@ from typing import Any
 
 from flowers_split import hash_of, lay_out, split_of
 from machine import machine
-from pictures_runs import HERE, ROOT, commit
+from pictures_runs import HERE, ROOT, commit, save
 
 SHARED = ROOT.parent / "shared"
 WHO = ("fastai", "lehr")
@@ -46,7 +46,7 @@ def main() -> int:
             for seed in asked.seeds:
                 for who in [who for who in asked.only if not _has(runs, who, seed, hash_of(split))]:
                     runs.append(_run(who, seed, asked, Path(folder), hash_of(split), runs))
-                    _save(runs, asked.out)
+                    save(runs, asked.out)
                     print(f"{who}, seed {seed}: {_said(runs[-1])}", file=sys.stderr, flush=True)
     page = _page(runs)
     print(page)
@@ -147,7 +147,10 @@ def _lehr(
         said = log.read()[-400:]
     if not epochs:
         return {"failed": f"exit code {process.returncode}: {said}"}
-    events = [json.loads(line) for line in (run / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    journal = (
+        (run / "journal.jsonl").read_text(encoding="utf-8").replace(str(asked.weights), asked.weights.name)
+    )
+    events = [json.loads(line) for line in journal.splitlines()]
     told = [e for e in events if e.get("event") in ("note", "prefix_cached", "cache_closed", "stage_ended")]
     recipe = (run / "recipe.toml").read_text(encoding="utf-8")
     return {"epochs": epochs, "told": told, "recipe": recipe, "versions": _versions("lehr")}
@@ -272,14 +275,6 @@ def _said(run: Found) -> str:
         return str(run.get("failed") or f"{run.get('missing')} is not installed")
     each = ", ".join(f"{epoch['accuracy']:.4f}" for epoch in run["epochs"])
     return f"{each}; {run['epochs'][-1]['wall']:.0f} s"
-
-
-def _save(runs: Sequence[Found], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(run) for run in runs)
-    draft = out.with_suffix(".part")
-    draft.write_text(f'{{"machine": {json.dumps(machine())}, "runs": [\n{lines}\n]}}\n', encoding="utf-8")
-    draft.replace(out)
 
 
 if __name__ == "__main__":

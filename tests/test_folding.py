@@ -75,6 +75,25 @@ def test_folded_where_it_spares_more_than_it_copies(side: int, is_folded: bool) 
     assert left == ([] if is_folded else [model.block[1]])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_where_nothing_is_gained_it_is_no_faster_form(layout: torch.memory_format) -> None:
+    """Where no norm is folded, and the weights lie channels last already, the halves themselves are given."""
+    model = Network().to(memory_format=layout)
+    halves = halves_of(model, Call((torch.randn(4, 3, 2, 2),), {}), "head")
+    assert (halves.fast() is halves) == (layout is torch.channels_last)
+
+
+def test_rows_of_a_sample_count() -> None:
+    """Of a sample that is many images the outputs for all of them are compared with the weights."""
+
+    class Frames(Network):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+    first = halves_of(Frames(), Call((torch.randn(4, 8, 3, 8, 8),), {}), "head").fast()._first.module
+    assert nn.BatchNorm2d not in [type(m) for m in first.modules()]
+
+
 def test_few_convolutions_are_not_folded() -> None:
     """Where nine tenths of the prefix's weights are no convolutions' there is little to gain from copies of these."""
 

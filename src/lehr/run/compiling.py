@@ -77,12 +77,14 @@ def compiled(said: Compile, models: Sequence[nn.Module], on: Arithmetic, *, stag
 
     Afterwards they are run as they are written again.
     """
-    backend, sentence = _backend(said), ""
+    backend = _backend(said)
+    if backend is None:
+        yield ""
+        return
     with ExitStack() as stack:
-        if backend is not None:
-            stack.enter_context(_backward_at_once())
-        for model in models if backend is not None else ():
-            sentence = compile_in_place(model, on, stages=stages, backend=backend or _INDUCTOR)
+        stack.enter_context(_backward_at_once())
+        for model in models:
+            sentence = compile_in_place(model, on, stages=stages, backend=backend)
             stack.callback(model.__dict__.pop, _CALL, None)
         yield sentence
 
@@ -99,7 +101,7 @@ def compile_in_place(
         model: the model, not one that is compiled already.
         on: device and arithmetic.
         stages: how many sets of parameters will train. torch gives up, in silence, after a fixed number of graphs of one
-            class; this number is raised by what these need.
+            class; this number is raised by what these need, for the rest of the process.
         backend: one of torch's backends, by its name, or a function.
 
     Raises:

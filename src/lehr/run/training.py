@@ -149,8 +149,11 @@ class Training:
         """
         stage = self.plan.stages[self.stage]
         trained = self.plan.trainable(stage)
-        may_try = stage.is_plain and not self.compiled_by
-        may_try = may_try and may_be_tried(self.rule, self.model, self.on, trained, stage.steps)
+        may_try = (
+            stage.is_plain
+            and not self.compiled_by
+            and may_be_tried(self.rule, self.model, self.on, trained, stage.steps)
+        )
         self.trial = Trial(self.rule, self.on.device) if may_try else None
         loss = self.losses[stage.index].get("")
         set_trainable(self.model, trained)  # the way is found before the stage's first step
