@@ -260,3 +260,29 @@ def test_cuts_are_no_worse_than_each_other() -> None:
     assert [cut.after for cut in cuts] == ["3", "1"]
     assert cuts[0].share > cuts[1].share
     assert cuts[0].bytes_in(None) > cuts[1].bytes_in(None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "simple"),
+    [
+        (lambda x: x.reshape(x.shape[0], -1), True),
+        (lambda x: x.reshape(x.shape[0] * 2, -1).reshape(x.size(0), 6), True),
+        (lambda x: x * (x.shape[0] // 6), False),
+        (lambda x: x * (x.shape[0] * x.shape[0]), False),
+        (lambda x: x * (x.shape[1] // 6), True),
+        (lambda x: x * (x.shape[0] == 7), False),
+        (lambda x: x * x.shape[: x.shape[0]][0], False),
+    ],
+)
+def test_what_follows_the_batch_s_size_in_no_straight_line(sizes: Any, simple: bool) -> None:
+    """Then a few samples do not speak for many."""
+
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(sizes(self.body(x)))
+
+    assert analysed(Sized(), Call((torch.randn(5, 6),), {}), "head").for_any_batch is simple

@@ -166,20 +166,21 @@ def test_private_generator_of_small_numbers(size: float, where: str) -> None:
 
 
 def test_dropout_that_only_frozen_layers_follow() -> None:
-    """A dropout under a half-frozen parent runs in eval mode where something frozen follows; the one before the head stays on."""
+    """Dropouts under a half-frozen parent run in eval mode where something frozen follows; the one before the head stays on."""
 
     class Half(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed, self.drop = nn.Linear(6, 8), nn.Dropout(0.5)
+            self.between, self.second = nn.Linear(8, 8), nn.Dropout(0.5)
             self.block, self.late, self.head = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.late(self.block(self.drop(self.embed(x)))))
+            return self.head(self.late(self.block(self.second(self.between(self.drop(self.embed(x)))))))
 
     model = Half()
     analysis = analysed(model, batch(), "head")
-    assert analysis.stilled == ("drop",)
+    assert (analysis.route, analysis.stilled) == ("fx", ("drop", "second"))
     assert analysis.cuts[0].after == "block"
     assert model.drop.training
     check(model, batch(), "head")

@@ -22,6 +22,13 @@ class LargeBatches(Net):
         return out * 2 if x.shape[0] > 6 else out
 
 
+class ManySamples(Net):
+    """Computes with the batch's size what a few samples do not show; torch.fx can follow it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 + x.shape[0] // 6)
+
+
 class MaxNorm(Net):
     """Keeps its head's weights small, as a part of its forward pass."""
 
@@ -55,7 +62,7 @@ class Centred(Net):
         return out
 
 
-@pytest.mark.parametrize("make", [LargeBatches, MaxNorm, Annealed, Centred])
+@pytest.mark.parametrize("make", [LargeBatches, ManySamples, MaxNorm, Annealed, Centred])
 def test_what_only_the_whole_model_does(make: type[Net], monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that its batch's size or its own forward pass changes is trained as without a cache, to the bit, and a line
     says why.

@@ -24,6 +24,7 @@ from lehr.data.purity import seed_of
 from lehr.errors import DataError, FeedError, is_from_worker, plain_words
 from lehr.planned_stage import PlannedStage
 from lehr.planning import batches_in
+from lehr.run.batches import gathered
 from lehr.run.tapping import Tap, Watch, unmarked, untappable
 
 Window = list[tuple[Any, int]]
@@ -193,7 +194,7 @@ class Feed:
         numbers while samples are made.
         """
         if type(self.source) is TensorDataset:
-            return _gathered(self.source, batches, pin=self.pin)
+            return _of_tensors(self.source, batches, pin=self.pin)
         self._keys.keys = [[(index, view) for index in batch.tolist()] for batch in batches]
         if watch is None or not can_draw(self.dataset):
             return iter(self._by_key)
@@ -219,7 +220,7 @@ class Feed:
         if self.loader is not None:
             return self._tap.collated(indices, watch)
         if type(self.source) is TensorDataset:
-            return next(_gathered(self.source, [indices], pin=self.pin))
+            return next(_of_tensors(self.source, [indices], pin=self.pin))
         dataset = pure(self.dataset, self.seed)
         return default_collate([dataset.sample(index, view) for index in indices.tolist()])
 
@@ -298,7 +299,9 @@ class _Keys:
         return len(self.keys)
 
 
-def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor], *, pin: bool = False) -> Iterator[Any]:
+def _of_tensors(
+    source: TensorDataset, batches: Sequence[torch.Tensor], *, pin: bool = False
+) -> Iterator[Any]:
     """Batches of tensors in memory: gathered in large pieces, which costs a tenth of one at a time; in memory from which a
     GPU copies by itself (`pin`), where they are not there already.
     """
@@ -313,13 +316,9 @@ def _gathered(source: TensorDataset, batches: Sequence[torch.Tensor], *, pin: bo
         yield from (
             list(parts)
             for parts in zip(
-                *(torch.split(_pinned(t[together], pin), sizes) for t in source.tensors), strict=True
+                *(torch.split(gathered(t, together, pin=pin), sizes) for t in source.tensors), strict=True
             )
         )
-
-
-def _pinned(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
-    return tensor.pin_memory() if pin and tensor.device.type == "cpu" else tensor
 
 
 def feed(data: Any, *, seed: int, workers: int = 0, pin: bool = False, what: str = "train") -> Feed:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from lehr.free_room import free_disk, free_memory
+from lehr.run.batches import gathered, sent
 
 Place = Literal["device", "memory", "pinned memory", "file", "nowhere"]
 MEMORY_SHARE = 0.5
@@ -175,18 +176,15 @@ class Store:
         where = slots[kept]
         for column, rows, tensor in zip(self.columns, self._rows, batch, strict=True):
             mine = tensor.detach() if bool(kept.all()) else tensor.detach()[kept.to(tensor.device)]
-            rows[where.to(rows.device)] = column.packed(mine).to(rows.device)
+            rows[sent(where, rows.device)] = column.packed(mine).to(rows.device)
         self.filled[where] = True
 
     def get(self, slots: torch.Tensor) -> list[torch.Tensor]:
-        """The rows of filled slots, as a batch on the device; a copy, which may be changed."""
+        """The rows of filled slots, as a batch on the device; a copy, which may be changed. A GPU is not waited for."""
         out: list[torch.Tensor] = []
         for column, rows in zip(self.columns, self._rows, strict=True):
-            taken = rows.index_select(0, slots.to(rows.device))
-            if taken.device != self._device:
-                taken = taken.pin_memory() if self.place == "pinned memory" else taken
-                taken = taken.to(self._device, non_blocking=self.place == "pinned memory")
-            out.append(column.unpacked(taken))
+            taken = gathered(rows, sent(slots, rows.device), pin=self._device.type == "cuda")
+            out.append(column.unpacked(sent(taken, self._device)))
         return out
 
     def trust(self, slots: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from lehr.run.prefix.folding import folded
 from lehr.run.prefix.forms import Form, checked_form
 from lehr.run.prefix.halving import Parts, Prefix, Suffix, halve
 from lehr.run.prefix.pureness import Source, below, purity
-from lehr.run.prefix.seen import filled
+from lehr.run.prefix.seen import filled, is_simple
 from lehr.run.prefix.tracing import Route, Traced, trace
 from lehr.run.prefix.unmoved import refuse_sparse
 from lehr.run.prefix.walking import Memory, walk
@@ -104,6 +104,13 @@ class Analysis:
     stilled: tuple[str, ...]
     _parts: Parts
     _places: tuple[Place, ...]
+
+    @property
+    def for_any_batch(self) -> bool:
+        """Whether what was seen with few samples is so with any number of them. torch.export cannot tell where a model
+        branches on it; torch.fx can, which leaves what is computed from it.
+        """
+        return self.route == "fx" and is_simple(self._parts.seen)
 
     def split(self, cut: Cut) -> Halves:
         """The halves of the model at one of the `cuts`.
@@ -218,17 +225,14 @@ def _to_still(parts: Parts, model: nn.Module) -> frozenset[str]:
     """
     trained = {n for first in parts.found.training for n in (first, *below(first))}
     stilled = set()
-    for source in parts.found.sources:
-        if source.kind != "random" or source.node in trained:
-            continue
-        path = next(iter(reversed(parts.traced.path(source.node))), "")
+    drawing = [node for node, s in parts.seen.items() if s.draws]
+    for node in drawing:
+        path = next(iter(reversed(parts.traced.path(node))), "")
         module = model.get_submodule(path) if path else model
         if not path or not module.training or any(True for _ in module.parameters()):
             continue
-        calls = [n for n, s in parts.seen.items() if s.draws and (parts.traced.path(n) or ("",))[-1] == path]
-        if all(
-            _is_before_frozen(parts, node, trained) for node in calls
-        ):  # each call, where it is called more than once
+        calls = [n for n in drawing if (parts.traced.path(n) or ("",))[-1] == path]
+        if all(_is_before_frozen(parts, call, trained) for call in calls):
             stilled.add(path)
     return frozenset(stilled)
 

@@ -36,30 +36,46 @@ from lehr.run.untouched import (
 )
 
 Judged = Callable[[Any], torch.Tensor]
+
+
+class DoesNotRunError(CannotSplit):
+    """The halves could not be compared with the model: one of them, or the loss function, fails."""
+
+
 _TINY = 1e-6
 """Losses that are no further apart than this are equal: one near 0 is all rounding."""
 
 
 def prove(
-    model: nn.Module, halves: Halves, call: Call, *, loss: Judged | None, store: torch.dtype | None
+    model: nn.Module,
+    halves: Halves,
+    call: Call,
+    *,
+    loss: Judged | None,
+    store: torch.dtype | None,
+    few: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Check the halves against the model; the features of the batch that it was checked on.
+
+    All samples go through the prefix; through the whole model only the first `few`, or all.
 
     Args:
         model: the model, in the mode in which it was analysed.
         halves: its halves.
         call: a call of it on a real batch.
-        loss: calls what it is given once as the model, and returns the loss; None compares the outputs alone. Gradients
-            are compared where they are enabled.
+        loss: calls what it is given once as the model, on the first `few` samples, and returns the loss; None compares the
+            outputs alone. Gradients are compared where they are enabled.
         store: the type in which features will be stored, if that is narrower; None: as they are.
+        few: so many samples, or all if there are no more.
 
     Raises:
         CannotSplit: where something is off, in words. The model, its gradients and all random states are as before then, too.
+        DoesNotRunError: one that says that something fails.
     """
     own = unwrap(model)
     form, tensors = Form.of(call.args, call.kwargs)
     device = tensors[0].device
-    checks = _Checks(model, halves, form, tensors, Randomness(device), tolerance(device))
+    checks = _Checks(model, halves, form, tensors, few, Randomness(device), tolerance(device))
     with ExitStack() as kept:
         for one in (
             state_kept(own, device),
@@ -82,7 +98,7 @@ def prove(
         except CannotSplit:
             raise
         except Exception as error:
-            raise CannotSplit(
+            raise DoesNotRunError(
                 f"the model cut behind {halves.cut.after} does not run ({type(error).__name__})"
             ) from error
         finally:
@@ -105,6 +121,7 @@ class _Checks:
     halves: Halves
     form: Form
     tensors: list[torch.Tensor]
+    few: int | None
     randomness: Randomness
     near: Tolerance
 
@@ -169,10 +186,13 @@ class _Checks:
             )
 
     def exact(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The exact features, of which these are to be a rounding; behind the cut both forms of the halves are the same."""
+        """The exact features of the first few samples, of which theirs are to be a rounding; behind the cut both forms of the
+        halves are the same.
+        """
+        features = tuple(feature[: self.few] for feature in features)
         if self.halves.exact is None:
             return features
-        args, kwargs = self.form.call(self.tensors)
+        args, kwargs = self._call()
         exact = self.halves.exact.prefix(*args, **kwargs)
         closer = self.near._replace(whole=self.near.whole * _CLOSER)
         if not all(near(one, other, closer) for one, other in zip(exact, features, strict=True)):
@@ -191,15 +211,19 @@ class _Checks:
                 )
 
     def suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
-        """The suffix is to go on as the model does."""
+        """The suffix is to go on from these as the model does."""
         if loss is None or not torch.is_grad_enabled():
             self.outputs(features)
         if loss is not None:
             self.training(features, loss) if torch.is_grad_enabled() else self.loss(features, loss)
 
+    def _call(self) -> tuple[Any, Any]:
+        """The model's arguments for the first few samples."""
+        return self.form.call([t[: self.few].clone() for t in self.tensors])
+
     def outputs(self, features: tuple[torch.Tensor, ...]) -> None:
         """The suffix is to return what the model returns."""
-        args, kwargs = self.form.call([t.clone() for t in self.tensors])
+        args, kwargs = self._call()
         state = self.randomness.take()
         with torch.no_grad():
             whole, its_form = pytree.tree_flatten(self.model(*args, **kwargs))
