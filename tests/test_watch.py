@@ -95,6 +95,21 @@ def test_losses_are_read_back_when_a_bar_would_move_and_not_before(monkeypatch: 
     assert watch.seconds == 60 / 256
 
 
+def test_the_newest_loss_is_left_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refresh reads those before it, so that a device has a step to go on with; in the end all are read, each in its place."""
+    monkeypatch.setattr("lehr.run.watch._is_here", lambda _: False)
+    watch, told, clock = watching(60)
+    for step in range(60):
+        clock.now += 1 / 256
+        watch.add(torch.tensor(float(step)), 1 + step % 2)
+    assert [event.step for event in told if isinstance(event, Progressed)] == [25, 51]
+    expected = sum(step * (1 + step % 2) for step in range(60)) / 90
+    assert watch.finish() == {"train_loss": expected}
+    assert [loss for event in told if isinstance(event, StepsTaken) for loss in event.losses] == list(
+        range(60)
+    )
+
+
 def test_too_few_batches_are_an_error() -> None:
     """An epoch that gave fewer batches than planned says how many, counted from one for people."""
     watch, _, _ = watching(5)

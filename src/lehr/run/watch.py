@@ -1,7 +1,7 @@
 """What the loop tells: losses on their way from the device to the observers, and the events of a run.
 
-Losses are read back when a bar would be drawn anew, or when a line of the journal is full, not every step: a
-read makes a GPU wait. This file must not know how an update is made.
+Losses are read back when a bar would be drawn anew, or when a line of the journal is full, not every step, and the newest
+is left on a GPU, which goes on with that step meanwhile. This file must not know how an update is made.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class EpochWatch:
         full = len(self._waiting) + len(self._losses) >= LOSSES_PER_EVENT
         due = self._clock() >= self._next_look
         if full or due:
-            self._read()
+            self._read(but=0 if full or _is_here(loss) else 1)
         if full:
             self._flush()
         if due:
@@ -151,25 +151,26 @@ class EpochWatch:
     def _objective(self, step: int) -> str:
         return self._stage.turns[self._stage.turn_at(step)].objective
 
-    def _read(self) -> None:
-        """Bring the losses that wait on the device here, all in one go."""
-        if not self._waiting:
+    def _read(self, but: int = 0) -> None:
+        """Bring the losses that wait on the device here, all in one go; of the newest so many wait on."""
+        count = len(self._waiting) - but
+        if count < 1:
             return
-        losses = torch.stack(self._waiting).tolist()
-        self._waiting.clear()
+        losses = torch.stack(self._waiting[:count]).tolist()
+        del self._waiting[:count]
         for loss in losses:
             step = self._told + len(self._losses)
             if not math.isfinite(loss):
                 raise NonFiniteError(non_finite(f"the loss is {loss}", step, self._plan))
             self._losses.append(loss)
         first = self._told + len(self._losses) - len(losses)
-        for step, (loss, size) in enumerate(zip(losses, self._sizes, strict=True), start=first):
+        for step, (loss, size) in enumerate(zip(losses, self._sizes, strict=False), start=first):
             self._sum += loss * size
             self._samples += size
             if name := self._objective(step):
                 tally = self._by.get(name, Tally())
                 self._by[name] = Tally(tally.total + loss * size, tally.samples + size)
-        self._sizes.clear()
+        del self._sizes[:count]
 
     def _flush(self) -> None:
         if self._losses:
@@ -187,6 +188,11 @@ class EpochWatch:
             loss=self._sum / max(self._samples, 1), lr=last_rates(self._plan, self._stage, max(done, self.start + 1)),
             samples_per_second=self._speed(), losses=self._means(),
         )  # fmt: skip
+
+
+def _is_here(loss: torch.Tensor) -> bool:
+    """Whether reading it waits for nothing."""
+    return loss.device.type == "cpu"
 
 
 def non_finite(what: str, step: int, plan: Plan) -> str:

@@ -49,7 +49,9 @@ class Shortcut:
     """The samples of `feed`, for `loss(model, batch)`; `terms` say what for."""
 
     def __init__(self, model: nn.Module, feed: Feed, loss: Loss, terms: Terms) -> None:
-        self.feed, self.tally, self.way = feed, Tally(), None
+        self.feed, self.way = feed, None
+        self._tally = Tally()
+        self._laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of computing, on a GPU
         self.samples = feed.samples
         self._model, self._loss, self._terms = model, loss, terms
         self._store: Store | None = None
@@ -61,6 +63,15 @@ class Shortcut:
         self._known: list[Known] = []
 
     way: Way | None
+
+    @property
+    def tally(self) -> Tally:
+        """What has been done; a GPU is waited for."""
+        for began, ended in self._laps:
+            ended.synchronize()
+            self._tally.computing += began.elapsed_time(ended) / 1e3
+        self._laps.clear()
+        return self._tally
 
     def loss(self, model: nn.Module, batch: Any) -> Returned:
         """The person's loss function, on a batch of samples or on one that is halfway through; where it calls the model
@@ -158,7 +169,7 @@ class Shortcut:
         for of_batch, m in zip(slots, missing, strict=True):
             began = time.monotonic()
             batch = next(loaded) if m.any() else None
-            self.tally.computing += time.monotonic() - began
+            self._tally.computing += time.monotonic() - began
             yield Drawn(of_batch, m, batch)
 
     def _theirs(self) -> Iterator[Drawn]:
@@ -191,19 +202,27 @@ class Shortcut:
             return drawn.batch
         if not drawn.missing.any():
             halfway = self.way.halfway(self._store.get(drawn.slots), drawn.slots)
-            self.tally.read += len(drawn.slots)
-            self.tally.reading += time.monotonic() - began
+            self._tally.read += len(drawn.slots)
+            self._tally.reading += time.monotonic() - began
             return halfway
         return self._computed(drawn, self.way, self._store, proved, began)
+
+    def _stamp(self) -> torch.cuda.Event | None:
+        """On a GPU, which computes beside this program, the place that it is asked to note the time of."""
+        if self._terms.on.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def _computed(
         self, drawn: Drawn, way: Way, store: Store, proved: list[torch.Tensor] | None, began: float
     ) -> Any:
         """The batch where rows of it are missing; `proved` is what is kept of it, if it is the one on which the way was proved."""
-        slots = drawn.slots[drawn.missing]
+        slots, stamp = drawn.slots[drawn.missing], self._stamp()
         digests = digests_of(leaves(drawn.batch)) if self._kept else None
         if self._kept and digests is not None and self._kept.take(slots, digests):
-            self.tally.read += len(slots)
+            self._tally.read += len(slots)
             return way.halfway(store.get(drawn.slots), drawn.slots)
         try:
             with self._terms.on.autocast():
@@ -218,9 +237,12 @@ class Shortcut:
             self._kept.keep(slots[store.has(slots)], digests[store.has(slots)])
         if not drawn.missing.all():
             rounded = merged(way.columns, drawn.missing, rounded, store.get(drawn.slots[~drawn.missing]))
-        self.tally.computed += len(slots)
-        self.tally.read += len(drawn.slots) - len(slots)
-        self.tally.computing += time.monotonic() - began
+        self._tally.computed += len(slots)
+        self._tally.read += len(drawn.slots) - len(slots)
+        if stamp and (ended := self._stamp()):
+            self._laps.append((stamp, ended))
+        else:
+            self._tally.computing += time.monotonic() - began
         return way.halfway(rounded, drawn.slots)
 
     def _put(
