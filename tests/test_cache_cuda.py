@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,9 @@ from lehr.run.cache import shortcut
 from lehr.run.cache.store import Column, Place, Store
 from lehr.run.sampler import feed
 from short_runs import images, net
+from waiting import no_waiting
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@contextmanager
-def _no_waiting() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def _ran(cache: str, *, precision: str = "fp32", **said: Any) -> tuple[dict[str, torch.Tensor], list[Event]]:
@@ -74,7 +65,7 @@ def test_reading_does_not_wait(place: Place, narrow: torch.dtype | None, tmp_pat
     slots = torch.randperm(12)
     store.put(slots, [features, targets])
     wanted = slots[[3, 1, 7]]
-    with _no_waiting():
+    with no_waiting():
         read = store.get(wanted)
     expected = features[[3, 1, 7]]
     assert torch.equal(read[0], expected.to(narrow).float() if narrow else expected)
@@ -90,11 +81,11 @@ def test_a_step_of_a_cached_epoch_does_not_wait(monkeypatch: pytest.MonkeyPatch)
 
     def reading(store: Store, slots: torch.Tensor) -> list[torch.Tensor]:
         guarded.append("reading")
-        with _no_waiting():
+        with no_waiting():
             return get(store, slots)
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        with _no_waiting() if epochs and model.training else nullcontext():
+        with no_waiting() if epochs and model.training else nullcontext():
             guarded.append("training" if epochs else "first epoch")
             return nn.functional.cross_entropy(model(batch[0]), batch[1])
 

@@ -286,3 +286,22 @@ def test_what_follows_the_batch_s_size_in_no_straight_line(sizes: Any, simple: b
             return self.head(sizes(self.body(x)))
 
     assert analysed(Sized(), Call((torch.randn(5, 6),), {}), "head").for_any_batch is simple
+
+
+def test_rounding_does_not_add_up() -> None:
+    """A deep model whose every layer rounds a little otherwise in batches of another size is not taken to mix samples."""
+
+    class Rounding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*(Rounded(6, 6) for _ in range(40)))
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    class Rounded(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1 + 1e-4 * x.shape[0])
+
+    assert analysed(Rounding(), Call((torch.randn(5, 6),), {}), "head").cuts[0].after == "body"

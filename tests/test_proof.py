@@ -259,3 +259,33 @@ def test_autocast() -> None:
         assert features[0].dtype is torch.bfloat16
         halves.suffix(features).float().sum().backward()
     assert all(p.grad is not None for p in model.head.parameters())
+
+
+def test_mixing_is_looked_for_in_full_precision() -> None:
+    """Under autocast, whose rounding would hide it, a prefix that mixes samples by a percent is refused; one that rounds
+    otherwise in batches of another size there is not.
+    """
+
+    def mixing(model: Network, x: torch.Tensor) -> torch.Tensor:
+        return model.body(x) + 0.01 * model.body(x).mean(0)
+
+    def rounding(model: Network, x: torch.Tensor) -> torch.Tensor:
+        seen = model.body(x)
+        return seen * (1 + 0.05 / len(x)) if seen.dtype is torch.bfloat16 else seen
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model, halves, call = made()
+        right = with_suffix(halves, lambda _, f: [model.head(f / (1 + 0.05 / len(f)))])
+        proved(model, with_prefix(right, lambda x: ([rounding(model, x)], ())), call)
+        with pytest.raises(CannotSplit, match="depend on the samples beside it"):
+            proved(model, with_prefix(halves, lambda x: ([mixing(model, x)], ())), call)
+
+
+def test_a_backbone_that_needs_autocast() -> None:
+    """One whose weights are bf16 runs on fp32 inputs under autocast alone, and is checked there."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model = Network()
+        model.body.bfloat16()
+        call = Call((torch.randn(5, 6),), {})
+        halves = halves_of(model, call, "head")
+        proved(model, halves, call)

@@ -20,7 +20,7 @@ from lehr.run.prefix.analysis import Halves
 from lehr.run.prefix.cuts import Call, CannotSplit
 from lehr.run.prefix.forms import Form, at_least
 from lehr.run.prefix.gradients import Gradients, apart, shaken
-from lehr.run.prefix.nearness import Tolerance, near, tolerance
+from lehr.run.prefix.nearness import Tolerance, full_precision, is_full_precision, near, tolerance
 from lehr.run.randomness import Randomness, RandomState
 from lehr.run.untouched import (
     Mark,
@@ -75,6 +75,7 @@ def prove(
     own = unwrap(model)
     form, tensors = Form.of(call.args, call.kwargs)
     device = tensors[0].device
+    few = min(len(tensors[0]), few or len(tensors[0]))
     checks = _Checks(model, halves, form, tensors, few, Randomness(device), tolerance(device))
     with ExitStack() as kept:
         for one in (
@@ -89,11 +90,9 @@ def prove(
             checks.again()
             features = checks.features(tensors)
             checks.stored(features, store)
-            checks.samples(features)
+            some = checks.samples(features)
             give_back()  # each pass takes other blocks
-            exact = checks.exact(features)
-            give_back()
-            checks.suffix(exact, loss)
+            checks.suffix(checks.behind(features, some), loss)
             return features
         except CannotSplit:
             raise
@@ -121,7 +120,7 @@ class _Checks:
     halves: Halves
     form: Form
     tensors: list[torch.Tensor]
-    few: int | None
+    few: int
     randomness: Randomness
     near: Tolerance
 
@@ -166,38 +165,77 @@ class _Checks:
     def after(self) -> str:
         return self.halves.cut.after
 
-    def samples(self, features: tuple[torch.Tensor, ...]) -> None:
-        """A sample's features are to be the same in another order of the batch, and alone."""
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing rounds more than it has to."""
+        return is_full_precision(self.randomness.device)
+
+    def samples(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """A sample's features are to be the same in another order of the batch, and alone; the exact ones of the first few
+        samples. In full precision, where the model runs in it: what depends on what shows there best.
+        """
+        if self.is_full:
+            return self._samples(features, self.near)
+        device = self.randomness.device
+        try:
+            with full_precision(device):
+                return self._samples(None, tolerance(device))
+        except CannotSplit:
+            raise
+        except Exception:  # a model may hold types that do without autocast no better than it
+            return self._samples(features, self.near)
+
+    def _samples(
+        self, features: tuple[torch.Tensor, ...] | None, within: Tolerance
+    ) -> tuple[torch.Tensor, ...]:
         count = len(self.tensors[0])
         turned = torch.arange(min(count, _FEW) - 1, -1, -1)
-        alone = [("alone", turned[n : n + 1]) for n in (0, len(turned) - 1)]
-        for how, order in [("of another size or order", turned), *alone]:
-            again = self.features([t[order.to(t.device)] for t in self.tensors])
-            self._same_features([f[order.to(f.device)] for f in features], again, how)
+        features = features or self.features(_rows(self.tensors, turned.flip(0)))
+        again = self.features(_rows(self.tensors, turned))
+        self._same_features(_rows(features, turned), again, "of another size or order", within)
+        for one in (turned[:1], turned[-1:]):
+            alone = self.features(_rows(self.tensors, one))
+            self._same_features(_rows(features, one), alone, "alone", within)
         if count == 1:
-            again = self.features(at_least(self.tensors, 2))
-            self._same_features(features, [f[:1] for f in again], "larger")
+            larger = self.features(at_least(self.tensors, 2))
+            self._same_features(features, [f[:1] for f in larger], "larger", within)
+        return tuple(_rows(self._exact(turned, again, within), turned))  # turned back
 
-    def _same_features(self, some: Iterable[torch.Tensor], others: Iterable[torch.Tensor], how: str) -> None:
-        if not all(near(one, other, self.near) for one, other in zip(some, others, strict=True)):
+    def _exact(
+        self, order: torch.Tensor, features: tuple[torch.Tensor, ...], within: Tolerance
+    ) -> tuple[torch.Tensor, ...]:
+        """The exact features of these samples, of which these are to be a rounding."""
+        if self.halves.exact is None:
+            return features
+        give_back()
+        args, kwargs = self.form.call(_rows(self.tensors, order))
+        exact = self.halves.exact.prefix(*args, **kwargs)
+        closer = within._replace(whole=within.whole * _CLOSER)
+        if not all(near(one, other, closer) for one, other in zip(exact, features, strict=True)):
+            raise CannotSplit(f"the faster form of the part up to {self.after} gives other features")
+        return exact
+
+    def behind(
+        self, features: tuple[torch.Tensor, ...], few: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Where the suffix goes on: the exact features of the first few samples as the model's own arithmetic gives them, in a
+        batch that it is given them in, too. Behind the cut both forms of the halves are the same.
+        """
+        if self.is_full and self.few == len(few[0]):
+            return few
+        if self.halves.exact is None and self.few == len(features[0]):
+            return features
+        args, kwargs = self._call()
+        return (self.halves.exact or self.halves).prefix(*args, **kwargs)
+
+    def _same_features(
+        self, some: Iterable[torch.Tensor], others: Iterable[torch.Tensor], how: str, within: Tolerance
+    ) -> None:
+        if not all(near(one, other, within) for one, other in zip(some, others, strict=True)):
             raise CannotSplit(
                 f"a sample's features up to {self.after} are others when its batch is {how}, so they depend on the samples "
                 "beside it; a layer that mixes samples has to be behind what is frozen"
             )
-
-    def exact(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The exact features of the first few samples, of which theirs are to be a rounding; behind the cut both forms of the
-        halves are the same.
-        """
-        features = tuple(feature[: self.few] for feature in features)
-        if self.halves.exact is None:
-            return features
-        args, kwargs = self._call()
-        exact = self.halves.exact.prefix(*args, **kwargs)
-        closer = self.near._replace(whole=self.near.whole * _CLOSER)
-        if not all(near(one, other, closer) for one, other in zip(exact, features, strict=True)):
-            raise CannotSplit(f"the faster form of the part up to {self.after} gives other features")
-        return exact
 
     def stored(self, features: tuple[torch.Tensor, ...], store: torch.dtype | None) -> None:
         """Nothing is to overflow in the type in which it is stored."""
@@ -278,6 +316,10 @@ class _Checks:
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
             return near(one, other, self.near)
         return type(one) is type(other) and bool(one == other)
+
+
+def _rows(tensors: Iterable[torch.Tensor], order: torch.Tensor) -> list[torch.Tensor]:
+    return [t[order.to(t.device)] for t in tensors]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.prefix.forms import at_least
-from lehr.run.prefix.nearness import Tolerance, near, tolerance
+from lehr.run.prefix.nearness import Tolerance, near, tolerance, without_tf32
 from lehr.run.prefix.seen import Affine, Seen, Sizes, Tensor, Unclear, rebuilt_sequence
 from lehr.run.prefix.tracing import Traced
 from lehr.run.untouched import Mark, attributes_kept, kept_state, quiet, state_kept
@@ -71,9 +72,10 @@ def walk(
         CannotSplit: where the graph cannot be run, or would change a parameter.
     """
     small, large = _batches(tensors)
-    with quiet(), state_kept(model, tensors[0].device), attributes_kept(model), torch.no_grad():
+    device = tensors[0].device
+    with quiet(), state_kept(model, device), attributes_kept(model), without_tf32(device), torch.no_grad():
         torch.clear_autocast_cache()
-        walker = _Walker(traced, memory, tolerance(tensors[0].device), kept_state(model))
+        walker = _Walker(traced, memory, tolerance(device), kept_state(model))
         try:
             return walker.run(list(zip(small, large, strict=True)))
         finally:
@@ -141,6 +143,8 @@ class _Walker:
         self.places[node] = {_place(t): group(t, alive) for t in tensors_in(pair[0])}
         compared = _Compared(self.near)
         value = compared.value(*pair)
+        if not compared.mixes:
+            _even(*pair)
         self.seen[node] = Seen(
             value, frozenset(self.places[node].values()), frozenset(group(t, alive) for t in given),
             frozenset(group(t, alive) for t in written), draws, compared.mixes, compared.same, flops,
@@ -209,20 +213,34 @@ class _Compared:
         self.same = self.same and (
             a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
         )
-        rows = len(a) if a.ndim else 0
-        by_sample = (
-            a.ndim == b.ndim > 0
-            and rows % SMALL == 0
-            and rows * LARGE == len(b) * SMALL
-            and a.shape[1:] == b.shape[1:]
-        )
         sizes = self.value(a.shape, b.shape)
-        if not by_sample or not rows:
+        rows = _shared_rows(a, b)
+        if rows is None:
             return Tensor(0, tuple(a.shape), a.dtype, a.device, sizes)
-        small, large = (t.reshape(n, rows // SMALL, *t.shape[1:]) for t, n in ((a, SMALL), (b, LARGE)))
-        if not near(small, large[_SHARED.to(b.device)], self.near):
+        if not near(a.reshape(rows.shape), rows, self.near):
             self.mixes = True
-        return Tensor(rows // SMALL, tuple(a.shape[1:]), a.dtype, a.device, sizes)
+        return Tensor(rows.shape[1], tuple(a.shape[1:]), a.dtype, a.device, sizes)
+
+
+def _shared_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+    """Of the large batch's tensor `b` the samples of the small one's `a`: [SMALL, rows of a sample, ...]; None where their rows
+    do not come sample by sample.
+    """
+    if not a.ndim == b.ndim > 0 or a.shape[1:] != b.shape[1:]:
+        return None
+    fold, rest = divmod(len(a), SMALL)
+    if rest or not fold or len(b) != fold * LARGE:
+        return None
+    return b.reshape(LARGE, fold, *b.shape[1:])[_SHARED.to(b.device)]
+
+
+def _even(small: Any, large: Any) -> None:
+    """Give the small batch the large one's rows where they differ by rounding, which would grow from node to node."""
+    for a, b in zip(tensors_in(small), tensors_in(large), strict=False):
+        rows = _shared_rows(a, b)
+        if rows is not None and a.is_floating_point() and not torch.equal(a, rows.reshape(a.shape)):
+            with suppress(RuntimeError):  # rows that share memory cannot be written one by one
+                a.copy_(rows.reshape(a.shape))
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
