@@ -47,6 +47,13 @@ def keep_blocks() -> None:
         mallopt(count, 0)
 
 
+def give_back() -> None:
+    """Have glibc give back what is free, so that memory which grows is seen to grow."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
 def _by_hand(model: nn.Module, task: Task, layout: torch.memory_format) -> None:
     keep_blocks()
     model.to(memory_format=layout)

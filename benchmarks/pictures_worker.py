@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import TensorDataset
 
-from pictures_contestants import CONTESTANTS, Contestant
+from pictures_contestants import CONTESTANTS, Contestant, give_back
 from pictures_models import NETWORKS, network, pictures, trained_names
 from pictures_task import Task
 
@@ -111,6 +111,7 @@ def measure(contestant: Contestant, asked: argparse.Namespace) -> dict[str, Any]
     model, task = task_of(asked, clock, tiny=False)
     before, loss_before = hashes(model), loss(model, task.data)
     gc.collect()
+    give_back()
     try:
         forget_peak()
         forgotten = True

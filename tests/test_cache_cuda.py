@@ -100,6 +100,9 @@ def test_a_step_of_a_cached_epoch_does_not_wait(monkeypatch: pytest.MonkeyPatch)
     assert guarded.count("reading") == guarded.count("training") == 6
 
 
+@pytest.mark.filterwarnings(
+    "ignore:TensorFloat32", "ignore:`torch.jit"
+)  # inductor advises it, and uses what is deprecated
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_run_on_cuda(precision: str) -> None:
     """A head from a cache and then all, compiled, comes close to the same run as it is written."""
