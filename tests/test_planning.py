@@ -17,7 +17,7 @@ from lehr.planning import Plan, batches_in
 from lehr.recipe import Recipe, Stage
 from lehr.resolving import resolve
 from lehr.schedules import constant, cosine, hold, linear, one_cycle, restarts
-from lehr.selection import ModelFacts
+from lehr.selection import ModelFacts, ParameterFacts
 from plans import NET, TWO_STAGES, plan_of
 from strategies import joins, models
 
@@ -392,3 +392,19 @@ def test_refused(make: Callable[[], Plan], error: type[RequestError], helpful: s
     with pytest.raises(error) as caught:
         make()
     assert helpful in str(caught.value)
+
+
+def test_a_role_that_hides_a_module() -> None:
+    """Where the model has a module that is called like a role and is not the whole of it, the plan says what was meant."""
+    norms = (ParameterFacts(name, (4,), norm=True) for name in ("body.1.weight", "norm.weight"))
+    facts = ModelFacts("net", (*norms, ParameterFacts("head.weight", (2, 4))), head=("head",))
+
+    def notes(*train: str) -> list[str]:
+        recipe = Recipe([Stage("1 epoch", train=list(train), lr=1)])
+        return [note for note in resolve(recipe, facts, samples=64).notes if "in that role" in note]
+
+    assert notes("head", "norm") == [
+        '"norm" is every parameter in that role, not only the module of this name, which is "norm.*"'
+    ]
+    assert notes("all", "!norm") == notes("head", "norm")
+    assert not notes("head", "norm.*")

@@ -26,7 +26,7 @@ from lehr.planning import Caching, Plan, PlannedObjective, batches_in
 from lehr.recipe import Recipe, Stage
 from lehr.recipe_values import optimizer_named
 from lehr.schedules import constant
-from lehr.selection import ModelFacts
+from lehr.selection import ModelFacts, hides_module
 
 _FOLLOWS_LATE = {"rprop": "at its first step only, so no schedule moves it", "asgd": "one step late"}
 
@@ -279,6 +279,12 @@ def _notes(
     batches.
     """
     notes = list(facts.understood)
+    trains = [train for s in recipe.stages for train in (s.train, *(o.train for o in s.objectives))]
+    for word in dict.fromkeys(word.removeprefix("!") for train in trains for word in train or ()):
+        if hides_module(word, facts):
+            notes.append(
+                f'"{word}" is every parameter in that role, not only the module of this name, which is "{word}.*"'
+            )
     trained = {name for names in groups.values() for name in names}
     thawed = [p.name for p in facts.parameters if p.name in trained and p.frozen_by_hand]
     if thawed:

@@ -231,6 +231,17 @@ def _role(pattern: str, facts: ModelFacts, where: str) -> tuple[str, ...] | None
     return None
 
 
+def hides_module(pattern: str, facts: ModelFacts) -> bool:
+    """Whether a pattern is a role, and the model has a module of that name which is something else.
+
+    >>> norms = (ParameterFacts("body.1.weight", (4,), norm=True), ParameterFacts("norm.weight", (4,), norm=True))
+    >>> hides_module("norm", ModelFacts("net", norms)), hides_module("norm", ModelFacts("net", norms[1:]))
+    (True, False)
+    """
+    module = {p.name for p in facts.parameters if p.name.startswith(f"{pattern}.")}
+    return bool(module) and module != set(_role(pattern, facts, "train") or module)
+
+
 def _last_blocks(count: int, facts: ModelFacts, where: str) -> tuple[str, ...]:
     if not 1 <= count <= len(facts.blocks):
         raise SelectionError(
