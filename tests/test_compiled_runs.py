@@ -365,3 +365,22 @@ def test_objectives(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"objectives take turns.*model\.generator\.compile\(\)"):
         adversaries.fit(tmp_path / "run", compile="eager")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_the_model_s_own_is_told_as_such() -> None:
+    """Wrong shapes end a compiled run in the words in which they end any other, and not as a failure of the compiler."""
+
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 8), nn.Linear(9, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    said: list[str] = []
+    for compile in (False, "eager"):
+        with pytest.raises(Exception, match="shapes cannot be multiplied") as caught:
+            fit(None, model=Wrong(), recipe=thawing(ALL), compile=compile)
+        said.append(f"{type(caught.value).__name__}: {caught.value}")
+    assert said[0] == said[1]

@@ -20,6 +20,7 @@ from torch import nn
 from lehr.errors import RequestError, RunError, nearest
 from lehr.run.batches import leaves
 from lehr.run.precision import Arithmetic
+from lehr.run.untouched import state_kept, without_compiling
 
 Backend: TypeAlias = "str | Callable[..., Any]"
 Compile: TypeAlias = "bool | Backend"
@@ -127,7 +128,7 @@ def _prepared(model: nn.Module, call: Callable[..., Any], name: str) -> Callable
     """The compiled call of `model`, that is given batches of any size, and parameters that want gradients only where some
     are computed.
     """
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
         any_size((args, kwargs))
@@ -135,10 +136,19 @@ def _prepared(model: nn.Module, call: Callable[..., Any], name: str) -> Callable
             with nullcontext() if torch.is_grad_enabled() else without_gradients(model):
                 return call(*args, **kwargs)
         except TorchDynamoException as error:
+            if isinstance(error, TorchRuntimeError):  # raised while tracing, perhaps by the model's own code
+                _as_written(model, args, kwargs)
             said = " ".join(line.strip() for line in str(error).splitlines()[:2])
             raise RunError(f"the model could not be compiled by {name} ({said}); {_WITHOUT}") from error
 
     return prepared
+
+
+def _as_written(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Run the model as it is written: an error of its own is raised in its own words, not as one of compiling."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.no_grad(), state_kept(model, device), without_compiling(model):
+        model(*args, **kwargs)
 
 
 def _backend(said: Compile) -> Backend | None:
