@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lehr.errors import RequestError, RunError, nearest
 from lehr.run.batches import leaves
@@ -47,7 +48,7 @@ def check_compile(said: Compile, model: nn.Module, on: Arithmetic, *, takes_turn
     backend = _backend(said)
     if backend is None:
         return
-    if "_orig_mod" in model._modules or model.__dict__.get(_CALL) is not None:
+    if _is_compiled(model):
         raise RequestError(
             "compile: this model is compiled already; leave compile out, or pass the model itself"
         )
@@ -142,6 +143,13 @@ def _prepared(model: nn.Module, call: Callable[..., Any], name: str) -> Callable
             raise RunError(f"the model could not be compiled by {name} ({said}); {_WITHOUT}") from error
 
     return prepared
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a model is compiled, or one that is wrapped to run on several devices."""
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model.module
+    return "_orig_mod" in model._modules or model.__dict__.get(_CALL) is not None
 
 
 def _as_written(model: nn.Module, args: Any, kwargs: Any) -> None:
