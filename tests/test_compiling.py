@@ -105,7 +105,9 @@ def test_a_compiled_model_is_refused() -> None:
     """Twice is an error that says what to do."""
     model = net()
     compile_in_place(model, ON, backend="eager")
-    for twice in (model, nn.DataParallel(model), torch.compile(net(), backend="eager")):
+    wrapper = nn.DataParallel(net())
+    wrapper.compile(backend="eager")
+    for twice in (model, nn.DataParallel(model), wrapper, torch.compile(net(), backend="eager")):
         with pytest.raises(RequestError, match="is compiled already; leave compile out"):
             compile_in_place(twice, ON, backend="eager")
 

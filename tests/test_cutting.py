@@ -262,32 +262,6 @@ def test_cuts_are_no_worse_than_each_other() -> None:
     assert cuts[0].bytes_in(None) > cuts[1].bytes_in(None)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "simple"),
-    [
-        (lambda x: x.reshape(x.shape[0], -1), True),
-        (lambda x: x.reshape(x.shape[0] * 2, -1).reshape(x.size(0), 6), True),
-        (lambda x: x * (x.shape[0] // 6), False),
-        (lambda x: x * (x.shape[0] * x.shape[0]), False),
-        (lambda x: x * (x.shape[1] // 6), True),
-        (lambda x: x * (x.shape[0] == 7), False),
-        (lambda x: x * x.shape[: x.shape[0]][0], False),
-    ],
-)
-def test_what_follows_the_batch_s_size_in_no_straight_line(sizes: Any, simple: bool) -> None:
-    """Then a few samples do not speak for many."""
-
-    class Sized(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(sizes(self.body(x)))
-
-    assert analysed(Sized(), Call((torch.randn(5, 6),), {}), "head").for_any_batch is simple
-
-
 def test_rounding_does_not_add_up() -> None:
     """A deep model whose every layer rounds a little otherwise in batches of another size is not taken to mix samples."""
 
@@ -305,3 +279,28 @@ def test_rounding_does_not_add_up() -> None:
             return super().forward(x) * (1 + 1e-4 * x.shape[0])
 
     assert analysed(Rounding(), Call((torch.randn(5, 6),), {}), "head").cuts[0].after == "body"
+
+
+ROWS = torch.randn(8, 8)
+
+
+@pytest.mark.parametrize("of_model", [True, False])
+def test_rounding_is_not_evened_in_tensors_of_a_person_s_own(of_model: bool) -> None:
+    """Rows of a parameter, or of a tensor somewhere else, for each sample by its place in the batch are nobody's to change."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.rows = nn.Parameter(1 + 1e-5 * torch.randn(8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = self.rows if of_model else ROWS
+            return self.head(self.first(x) * rows[: x.shape[0]])
+
+    model = Placed()
+    ROWS.copy_(1 + 1e-5 * torch.randn(8, 8))
+    before = model.rows.clone(), ROWS.clone()
+    analysed(model, Call((torch.randn(5, 6),), {}), "head")
+    assert torch.equal(model.rows, before[0])
+    assert torch.equal(ROWS, before[1])

@@ -187,6 +187,22 @@ def test_dropout_that_only_frozen_layers_follow() -> None:
     assert model.drop.training
 
 
+def test_a_dropout_behind_what_cannot_be_cut_goes_on() -> None:
+    """One that frozen layers follow, but that stands behind noise of the model's own, is left on: nothing is kept of it."""
+
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.drop = nn.Linear(6, 8), nn.Dropout(0.5)
+            self.block, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.block(self.drop(F.dropout(self.embed(x), 0.1, True))))
+
+    analysis = analysed(Noise(), batch(), "head")
+    assert (analysis.route, analysis.stilled, analysis.cuts[0].after) == ("fx", (), "embed")
+
+
 def test_weight_standardisation() -> None:
     """Batch-norm of a weight is the same in each epoch, and no reason to cut before it."""
 

@@ -262,8 +262,8 @@ def test_autocast() -> None:
 
 
 def test_mixing_is_looked_for_in_full_precision() -> None:
-    """Under autocast, whose rounding would hide it, a prefix that mixes samples by a percent is refused; one that rounds
-    otherwise in batches of another size there is not.
+    """Under autocast, whose rounding would hide it, a prefix that mixes samples by a percent is refused, and one that depends on
+    the size of the batch; one that rounds otherwise in batches of another size there is not.
     """
 
     def mixing(model: Network, x: torch.Tensor) -> torch.Tensor:
@@ -277,8 +277,9 @@ def test_mixing_is_looked_for_in_full_precision() -> None:
         model, halves, call = made()
         right = with_suffix(halves, lambda _, f: [model.head(f / (1 + 0.05 / len(f)))])
         proved(model, with_prefix(right, lambda x: ([rounding(model, x)], ())), call)
-        with pytest.raises(CannotSplit, match="depend on the samples beside it"):
-            proved(model, with_prefix(halves, lambda x: ([mixing(model, x)], ())), call)
+        for wrong in (lambda x: mixing(model, x), lambda x: model.body(x) * (1 + 0.01 * (len(x) > 4))):
+            with pytest.raises(CannotSplit, match="depend on the samples beside it"):
+                proved(model, with_prefix(halves, lambda x, wrong=wrong: ([wrong(x)], ())), call)
 
 
 def test_a_backbone_that_needs_autocast() -> None:

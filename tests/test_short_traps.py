@@ -29,6 +29,20 @@ class ManySamples(Net):
         return super().forward(x) * (1 + x.shape[0] // 6)
 
 
+class Counted(Net):
+    """Counts its samples by a tensor of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 + (torch.ones_like(x[:, 0, 0, 0]).sum() > 6).float())
+
+
+class Strided(Net):
+    """Takes a size of every fourth sample."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * x[::4].shape[0]
+
+
 class MaxNorm(Net):
     """Keeps its head's weights small, as a part of its forward pass."""
 
@@ -62,7 +76,7 @@ class Centred(Net):
         return out
 
 
-@pytest.mark.parametrize("make", [LargeBatches, ManySamples, MaxNorm, Annealed, Centred])
+@pytest.mark.parametrize("make", [LargeBatches, ManySamples, Counted, Strided, MaxNorm, Annealed, Centred])
 def test_what_only_the_whole_model_does(make: type[Net], monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that its batch's size or its own forward pass changes is trained as without a cache, to the bit, and a line
     says why.

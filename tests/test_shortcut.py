@@ -349,31 +349,3 @@ def _interrupted_in(step: int | None) -> Any:
         return functional.cross_entropy(outputs, batch[1])
 
     return loss
-
-
-def test_few_samples_go_through_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the first batch no more than four samples: the check costs little of a large batch, in time and memory."""
-    sizes, whole = [], Net.forward
-
-    def watched(model: Any, x: torch.Tensor) -> torch.Tensor:
-        sizes.extend([len(x)] if isinstance(x, torch.Tensor) else [])  # no tensor while it is traced
-        return whole(model, x)
-
-    model = net()
-    monkeypatch.setattr(Net, "forward", watched)
-    found = ran(recipe(batch_size=24), model=model, valid=None)
-    assert found.closed["train"].computed == 24
-    assert sizes
-    assert max(sizes) == 4
-
-
-def test_a_loss_that_counts_on_the_size_of_the_batch() -> None:
-    """Where four samples are too few for a loss function, the way is proved on the whole batch."""
-
-    def pairs(model: nn.Module, batch: Any) -> torch.Tensor:
-        ours = model(batch[0]).reshape(2, -1, 6)  # fails with fewer than four samples, or with four
-        return functional.mse_loss(ours[0], ours[1]) + functional.cross_entropy(ours.reshape(-1, 3), batch[1])
-
-    found = ran(recipe(**EXACT), valid=None, loss=pairs)
-    assert found.closed["train"].computed == 24
-    assert same(found, ran(recipe(cache="off"), valid=None, loss=pairs))

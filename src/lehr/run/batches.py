@@ -48,7 +48,7 @@ def gathered(rows: torch.Tensor, indices: torch.Tensor, *, pin: bool) -> torch.T
     if not pin or rows.device.type != "cpu":
         return rows[indices]
     out = torch.empty((len(indices), *rows.shape[1:]), dtype=rows.dtype, pin_memory=True)
-    return torch.index_select(rows, 0, indices, out=out)
+    return torch.index_select(rows.detach(), 0, indices, out=out)
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -146,16 +146,15 @@ def _prepared(model: nn.Module, call: Callable[..., Any], name: str) -> Callable
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether a model is compiled, or one that is wrapped to run on several devices."""
-    if isinstance(model, (DataParallel, DistributedDataParallel)):
-        model = model.module
-    return "_orig_mod" in model._modules or model.__dict__.get(_CALL) is not None
+    """Whether a model is compiled, or one that is wrapped to run on several devices, or its wrapper."""
+    wrapped = [model.module] if isinstance(model, (DataParallel, DistributedDataParallel)) else []
+    return any("_orig_mod" in m._modules or m.__dict__.get(_CALL) is not None for m in (model, *wrapped))
 
 
 def _as_written(model: nn.Module, args: Any, kwargs: Any) -> None:
     """Run the model as it is written: an error of its own is raised in its own words, not as one of compiling."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.no_grad(), state_kept(model, device), without_compiling(model):
+    with state_kept(model, device), without_compiling(model):
         model(*args, **kwargs)
 
 

@@ -212,7 +212,7 @@ class Shortcut:
         if self._terms.on.device.type != "cuda":
             return None
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._terms.on.device))
         return event
 
     def _computed(

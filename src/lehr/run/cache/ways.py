@@ -25,13 +25,12 @@ from lehr.run.memory import part
 from lehr.run.precision import Arithmetic
 from lehr.run.prefix.analysis import Halves, analyse
 from lehr.run.prefix.cuts import Call, CannotSplit, Cut, choose
-from lehr.run.prefix.proof import DoesNotRunError, prove
+from lehr.run.prefix.proof import Judged, prove
 from lehr.run.prefix.unmoved import refuse_sparse, unmoved
 from lehr.run.untouched import state_kept, without_compiling
 from lehr.run.update import Loss, Returned, scalar_loss
 
 _LOOKED_AT = 3  # samples of a real batch by which places to cut are looked for
-_FEW = 4  # samples of it that go through the whole model, to compare
 LEAST_SHARE = 0.2
 """Of the arithmetic: a prefix with less is not worth its bytes (the study's measured break-even, with slack)."""
 LEAST_WORK = 2e10
@@ -135,11 +134,9 @@ def find_way(
                 f"only {cut.share:.0%} of the arithmetic lies before what trains (up to {cut.after}); nothing is cached"
             )
         halves = analysis.split(cut)
+        judged, call = _judged(model, loss, seen, batch), seen.call(batch)
         with unmoved(unwrap(model), copied=False):  # beside what a step takes there may be no room for a copy
-            few = _FEW if analysis.for_any_batch else len(leaves(batch)[0])
-            proved, features = _proved(
-                model, halves, loss, seen, batch, few=few, narrow=narrow, exact=wanted.exact
-            )
+            proved, features = _proved(model, halves, call, loss=judged, narrow=narrow, exact=wanted.exact)
     give_back()
     kept = [*features, *(leaves(batch)[n] for n in seen.kept)]
     columns = tuple(Column.like(t, narrow if n < len(features) else None) for n, t in enumerate(kept))
@@ -234,35 +231,15 @@ def _refuse_parallel(model: nn.Module) -> None:
 
 
 def _proved(
-    model: nn.Module, halves: Halves, loss: Loss, seen: Calling, batch: Any, *, few: int, narrow: torch.dtype | None,
-    exact: bool,
-) -> tuple[Halves, tuple[torch.Tensor, ...]]:  # fmt: skip
-    """The halves in their fast form where that is allowed and holds, else as they are; and the features of the batch."""
+    model: nn.Module, halves: Halves, call: Call, *, loss: Judged, narrow: torch.dtype | None, exact: bool
+) -> tuple[Halves, tuple[torch.Tensor, ...]]:
+    """The halves in their fast form where that is allowed and holds, else as they are; and the features of the call."""
     if not exact:
         with suppress(CannotSplit):
             fast = halves.fast()
             give_back()  # folding takes doubles
-            return fast, _features(model, fast, loss, seen, batch, few, narrow)
-    return halves, _features(model, halves, loss, seen, batch, few, narrow)
-
-
-def _features(
-    model: nn.Module,
-    halves: Halves,
-    loss: Loss,
-    seen: Calling,
-    batch: Any,
-    few: int,
-    narrow: torch.dtype | None,
-) -> tuple[torch.Tensor, ...]:
-    """The features of the batch, proved on a few of its samples; on all where the loss function counts on their number."""
-    judged = _judged(model, loss, seen, part(batch, few))
-    try:
-        return prove(model, halves, seen.call(batch), loss=judged, store=narrow, few=few)
-    except DoesNotRunError:
-        if few >= (size := len(leaves(batch)[0])):
-            raise
-    return _features(model, halves, loss, seen, batch, size, narrow)
+            return fast, prove(model, fast, call, loss=loss, store=narrow)
+    return halves, prove(model, halves, call, loss=loss, store=narrow)
 
 
 def _work(model: nn.Module, call: Call) -> float:

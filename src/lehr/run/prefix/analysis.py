@@ -23,7 +23,7 @@ from lehr.run.prefix.folding import folded
 from lehr.run.prefix.forms import Form, checked_form
 from lehr.run.prefix.halving import Parts, Prefix, Suffix, halve
 from lehr.run.prefix.pureness import Source, below, purity
-from lehr.run.prefix.seen import filled, is_simple
+from lehr.run.prefix.seen import filled
 from lehr.run.prefix.tracing import Route, Traced, trace
 from lehr.run.prefix.unmoved import refuse_sparse
 from lehr.run.prefix.walking import Memory, walk
@@ -105,13 +105,6 @@ class Analysis:
     _parts: Parts
     _places: tuple[Place, ...]
 
-    @property
-    def for_any_batch(self) -> bool:
-        """Whether what was seen with few samples is so with any number of them. torch.export cannot tell where a model
-        branches on it; torch.fx can, which leaves what is computed from it.
-        """
-        return self.route == "fx" and is_simple(self._parts.seen)
-
     def split(self, cut: Cut) -> Halves:
         """The halves of the model at one of the `cuts`.
 
@@ -187,8 +180,10 @@ def _analysed(
     model: nn.Module, form: Form, tensors: list[torch.Tensor], trained: Mapping[str, nn.Parameter], route: Any
 ) -> Analysis:  # fmt: skip
     parts = _parts(model, form, tensors, trained, route, frozenset())
-    if stilled := _to_still(parts, model):
+    stilled = _to_still(parts, model)
+    while stilled != parts.stilled:
         parts = _parts(model, form, tensors, trained, route, stilled)
+        stilled = _of_use(parts)
     found = places(parts.traced, parts.seen, parts.found)
     if not found:
         raise CannotSplit(_why_nothing(parts, trained, model))
@@ -226,7 +221,8 @@ def _to_still(parts: Parts, model: nn.Module) -> frozenset[str]:
     trained = {n for first in parts.found.training for n in (first, *below(first))}
     stilled = set()
     drawing = [node for node, s in parts.seen.items() if s.draws]
-    for node in drawing:
+    first = [source.node for source in parts.found.sources if source.kind == "random"]
+    for node in first if parts.traced.route == "export" else drawing:
         path = next(iter(reversed(parts.traced.path(node))), "")
         module = model.get_submodule(path) if path else model
         if not path or not module.training or any(True for _ in module.parameters()):
@@ -235,6 +231,16 @@ def _to_still(parts: Parts, model: nn.Module) -> frozenset[str]:
         if all(_is_before_frozen(parts, call, trained) for call in calls):
             stilled.add(path)
     return frozenset(stilled)
+
+
+def _of_use(parts: Parts) -> frozenset[str]:
+    """Of the stilled modules those before the largest cut: behind it, where something else keeps all from being cut, they go on
+    drawing. torch.export's graph has nothing left of them, and only names the first ones.
+    """
+    found = places(parts.traced, parts.seen, parts.found)
+    before = found[0].before if found else frozenset()
+    late = {path for n in parts.seen if n not in before for path in parts.traced.path(n)[-1:]}
+    return parts.stilled - late
 
 
 def _is_before_frozen(parts: Parts, node: fx.Node, trained: set[fx.Node]) -> bool:

@@ -5,8 +5,9 @@ know what was computed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,30 +66,47 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def without_tf32(device: torch.device) -> Iterator[None]:
-    """CUDA's products and convolutions in fp32 are exact ones, where nobody has set them by torch's newer names."""
-    before = [(switch, switch.allow_tf32) for switch in _switches(device)]
+    """CUDA's products and convolutions in fp32 are exact ones."""
+    switches = _switches(device)
     try:
-        _set(before, to=False)
+        for switch in switches:
+            switch.set(switch.full)
         yield
     finally:
-        _set(before)
+        for switch in reversed(switches):
+            switch.set(switch.now)
 
 
-def _switches(device: torch.device) -> list[Any]:
-    """Those of torch's that allow TF32 now."""
-    found: list[Any] = []
-    if device.type == "cuda":
-        for switch in (torch.backends.cudnn, torch.backends.cuda.matmul):
-            with suppress(RuntimeError):  # set by the newer names
-                found += [switch] if switch.allow_tf32 else []
-    return found
+class _Switch(NamedTuple):
+    """Something of torch's that allows TF32: how it is set, to what it is set now, and to what for full precision."""
+
+    set: Callable[[Any], None]
+    now: Any
+    full: Any
 
 
-def _set(switches: list[tuple[Any, bool]], to: bool | None = None) -> None:
+def _switches(device: torch.device) -> list[_Switch]:
+    """Those that allow TF32 now. torch has two sets of names, and refuses to read what was set by the other."""
+    found: list[_Switch] = []
+    if device.type != "cuda":
+        return found
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    with suppress(RuntimeError):
+        precision = torch.get_float32_matmul_precision()
+        found += [_Switch(torch.set_float32_matmul_precision, precision, "highest")] * (
+            precision != "highest"
+        )
+    with suppress(RuntimeError):
+        found += [_Switch(partial(_set, cudnn, "allow_tf32"), True, False)] * bool(cudnn.allow_tf32)
+    newer = [matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)]
+    tf32 = [part for part in newer if getattr(part, "fp32_precision", None) == "tf32"]
+    return [*found, *(_Switch(partial(_set, part, "fp32_precision"), "tf32", "ieee") for part in tf32)]
+
+
+def _set(where: Any, name: str, to: Any) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch has newer names for them
-        for switch, was in switches:
-            switch.allow_tf32 = was if to is None else to
+        warnings.simplefilter("ignore")  # torch prefers its newer names
+        setattr(where, name, to)
 
 
 def is_full_precision(device: torch.device) -> bool:

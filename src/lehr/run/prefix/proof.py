@@ -36,47 +36,30 @@ from lehr.run.untouched import (
 )
 
 Judged = Callable[[Any], torch.Tensor]
-
-
-class DoesNotRunError(CannotSplit):
-    """The halves could not be compared with the model: one of them, or the loss function, fails."""
-
-
 _TINY = 1e-6
 """Losses that are no further apart than this are equal: one near 0 is all rounding."""
 
 
 def prove(
-    model: nn.Module,
-    halves: Halves,
-    call: Call,
-    *,
-    loss: Judged | None,
-    store: torch.dtype | None,
-    few: int | None = None,
+    model: nn.Module, halves: Halves, call: Call, *, loss: Judged | None, store: torch.dtype | None
 ) -> tuple[torch.Tensor, ...]:
     """Check the halves against the model; the features of the batch that it was checked on.
-
-    All samples go through the prefix; through the whole model only the first `few`, or all.
 
     Args:
         model: the model, in the mode in which it was analysed.
         halves: its halves.
         call: a call of it on a real batch.
-        loss: calls what it is given once as the model, on the first `few` samples, and returns the loss; None compares the
-            outputs alone. Gradients are compared where they are enabled.
+        loss: calls what it is given once as the model, and returns the loss; None compares the outputs alone. Gradients
+            are compared where they are enabled.
         store: the type in which features will be stored, if that is narrower; None: as they are.
-        few: so many samples, or all if there are no more.
 
     Raises:
         CannotSplit: where something is off, in words. The model, its gradients and all random states are as before then, too.
-        DoesNotRunError: one that says that something fails.
     """
     own = unwrap(model)
     form, tensors = Form.of(call.args, call.kwargs)
     device = tensors[0].device
-    few = min(len(tensors[0]), few or len(tensors[0]))
-    checks = _Checks(model, halves, form, tensors, few, Randomness(device), tolerance(device))
+    checks = _Checks(model, halves, form, tensors, Randomness(device), tolerance(device))
     with ExitStack() as kept:
         for one in (
             state_kept(own, device),
@@ -90,14 +73,16 @@ def prove(
             checks.again()
             features = checks.features(tensors)
             checks.stored(features, store)
-            some = checks.samples(features)
+            checks.samples(features)
             give_back()  # each pass takes other blocks
-            checks.suffix(checks.behind(features, some), loss)
+            exact = checks.exact(features)
+            give_back()
+            checks.suffix(exact, loss)
             return features
         except CannotSplit:
             raise
         except Exception as error:
-            raise DoesNotRunError(
+            raise CannotSplit(
                 f"the model cut behind {halves.cut.after} does not run ({type(error).__name__})"
             ) from error
         finally:
@@ -120,7 +105,6 @@ class _Checks:
     halves: Halves
     form: Form
     tensors: list[torch.Tensor]
-    few: int
     randomness: Randomness
     near: Tolerance
 
@@ -170,63 +154,57 @@ class _Checks:
         """Whether nothing rounds more than it has to."""
         return is_full_precision(self.randomness.device)
 
-    def samples(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """A sample's features are to be the same in another order of the batch, and alone; the exact ones of the first few
-        samples. In full precision, where the model runs in it: what depends on what shows there best.
+    def samples(self, features: tuple[torch.Tensor, ...]) -> None:
+        """A sample's features are to be the same in another order of the batch, and alone. In full precision, where the model
+        runs in it: what depends on what shows there best.
         """
         if self.is_full:
-            return self._samples(features, self.near)
+            self._samples(features, self.near)
+            return
         device = self.randomness.device
         try:
             with full_precision(device):
-                return self._samples(None, tolerance(device))
+                fuller, within = self.features(self.tensors), tolerance(device)
+                self._samples(fuller, within)
+                if self.halves.exact is not None:
+                    few = torch.arange(min(len(fuller[0]), _FEW))
+                    self._same_rounding(self._exact(few), _rows(fuller, few), within)
         except CannotSplit:
             raise
-        except Exception:  # a model may hold types that do without autocast no better than it
-            return self._samples(features, self.near)
+        except Exception:  # with half-precision weights of its own it may not
+            self._samples(features, self.near)
 
-    def _samples(
-        self, features: tuple[torch.Tensor, ...] | None, within: Tolerance
-    ) -> tuple[torch.Tensor, ...]:
-        count = len(self.tensors[0])
+    def _samples(self, features: tuple[torch.Tensor, ...], within: Tolerance) -> None:
+        count = len(features[0])
         turned = torch.arange(min(count, _FEW) - 1, -1, -1)
-        features = features or self.features(_rows(self.tensors, turned.flip(0)))
-        again = self.features(_rows(self.tensors, turned))
-        self._same_features(_rows(features, turned), again, "of another size or order", within)
-        for one in (turned[:1], turned[-1:]):
-            alone = self.features(_rows(self.tensors, one))
-            self._same_features(_rows(features, one), alone, "alone", within)
+        alone = [("alone", turned[n : n + 1]) for n in (0, len(turned) - 1)]
+        for how, order in [("of another size or order", turned), *alone]:
+            again = self.features(_rows(self.tensors, order))
+            self._same_features(_rows(features, order), again, how, within)
         if count == 1:
-            larger = self.features(at_least(self.tensors, 2))
-            self._same_features(features, [f[:1] for f in larger], "larger", within)
-        return tuple(_rows(self._exact(turned, again, within), turned))  # turned back
+            again = self.features(at_least(self.tensors, 2))
+            self._same_features(features, [f[:1] for f in again], "larger", within)
 
-    def _exact(
-        self, order: torch.Tensor, features: tuple[torch.Tensor, ...], within: Tolerance
-    ) -> tuple[torch.Tensor, ...]:
-        """The exact features of these samples, of which these are to be a rounding."""
+    def exact(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The exact features, of which these are to be a rounding; behind the cut both forms of the halves are the same."""
         if self.halves.exact is None:
             return features
-        give_back()
+        exact = self._exact(torch.arange(len(features[0])))
+        if self.is_full:
+            self._same_rounding(exact, features, self.near)
+        return exact
+
+    def _exact(self, order: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert self.halves.exact is not None
         args, kwargs = self.form.call(_rows(self.tensors, order))
-        exact = self.halves.exact.prefix(*args, **kwargs)
+        return self.halves.exact.prefix(*args, **kwargs)
+
+    def _same_rounding(
+        self, exact: Iterable[torch.Tensor], features: Iterable[torch.Tensor], within: Tolerance
+    ) -> None:
         closer = within._replace(whole=within.whole * _CLOSER)
         if not all(near(one, other, closer) for one, other in zip(exact, features, strict=True)):
             raise CannotSplit(f"the faster form of the part up to {self.after} gives other features")
-        return exact
-
-    def behind(
-        self, features: tuple[torch.Tensor, ...], few: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        """Where the suffix goes on: the exact features of the first few samples as the model's own arithmetic gives them, in a
-        batch that it is given them in, too. Behind the cut both forms of the halves are the same.
-        """
-        if self.is_full and self.few == len(few[0]):
-            return few
-        if self.halves.exact is None and self.few == len(features[0]):
-            return features
-        args, kwargs = self._call()
-        return (self.halves.exact or self.halves).prefix(*args, **kwargs)
 
     def _same_features(
         self, some: Iterable[torch.Tensor], others: Iterable[torch.Tensor], how: str, within: Tolerance
@@ -249,19 +227,15 @@ class _Checks:
                 )
 
     def suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
-        """The suffix is to go on from these as the model does."""
+        """The suffix is to go on as the model does."""
         if loss is None or not torch.is_grad_enabled():
             self.outputs(features)
         if loss is not None:
             self.training(features, loss) if torch.is_grad_enabled() else self.loss(features, loss)
 
-    def _call(self) -> tuple[Any, Any]:
-        """The model's arguments for the first few samples."""
-        return self.form.call([t[: self.few].clone() for t in self.tensors])
-
     def outputs(self, features: tuple[torch.Tensor, ...]) -> None:
         """The suffix is to return what the model returns."""
-        args, kwargs = self._call()
+        args, kwargs = self.form.call([t.clone() for t in self.tensors])
         state = self.randomness.take()
         with torch.no_grad():
             whole, its_form = pytree.tree_flatten(self.model(*args, **kwargs))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 
 @dataclass(frozen=True)
@@ -93,32 +91,3 @@ def tensors_of(value: Any) -> list[Tensor]:
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
     return [t for part in parts for t in tensors_of(part)]
-
-
-_STRAIGHT = (operator.add, operator.sub)
-
-
-def is_simple(seen: Mapping[fx.Node, Seen]) -> bool:
-    """Whether all sizes that a graph computes from its batch's grow in a straight line; others may do so by chance in the
-    two batches that were looked at (`n // 6`).
-    """
-    return all(_is_simple(node, seen) for node in seen)
-
-
-def _is_simple(node: fx.Node, seen: Mapping[fx.Node, Seen]) -> bool:
-    varying = [a for a in node.args if isinstance(a, fx.Node) and _varies(seen[a].value)]
-    if tensors_of(seen[node].value) or node.target in _STRAIGHT:
-        return True
-    if node.target is operator.mul:
-        return len(varying) < 2
-    if node.target in (operator.getitem, getattr):
-        return len(node.all_input_nodes) == 1
-    return not any(_varies(seen[a].value) for a in node.all_input_nodes)
-
-
-def _varies(value: Any) -> bool:
-    """Whether there is a number in it that follows the batch's size."""
-    if isinstance(value, (Affine, Unclear)):
-        return True
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return any(map(_varies, parts))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,11 +143,22 @@ class _Walker:
         compared = _Compared(self.near)
         value = compared.value(*pair)
         if not compared.mixes:
-            _even(*pair)
+            self._even(pair, self.places[node])
         self.seen[node] = Seen(
             value, frozenset(self.places[node].values()), frozenset(group(t, alive) for t in given),
             frozenset(group(t, alive) for t in written), draws, compared.mixes, compared.same, flops,
         )  # fmt: skip
+
+    def _even(self, pair: tuple[Any, Any], places: Mapping[int, int]) -> None:
+        """Give the small batch the large one's rows where they differ by rounding, which would grow from node to node; never
+        where they lie in the model's state, or in memory of more than one number at a place.
+        """
+        for a, b in zip(tensors_in(pair[0]), tensors_in(pair[1]), strict=False):
+            rows = _shared_rows(a, b)
+            if rows is None or not a.is_floating_point() or not a.is_contiguous() or places[_place(a)] < 0:
+                continue
+            if not torch.equal(a, rows.reshape(a.shape)):
+                a.copy_(rows.reshape(a.shape))
 
     def _run(self, node: fx.Node, which: int) -> Any:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.values[n][which])
@@ -232,15 +242,6 @@ def _shared_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     if rest or not fold or len(b) != fold * LARGE:
         return None
     return b.reshape(LARGE, fold, *b.shape[1:])[_SHARED.to(b.device)]
-
-
-def _even(small: Any, large: Any) -> None:
-    """Give the small batch the large one's rows where they differ by rounding, which would grow from node to node."""
-    for a, b in zip(tensors_in(small), tensors_in(large), strict=False):
-        rows = _shared_rows(a, b)
-        if rows is not None and a.is_floating_point() and not torch.equal(a, rows.reshape(a.shape)):
-            with suppress(RuntimeError):  # rows that share memory cannot be written one by one
-                a.copy_(rows.reshape(a.shape))
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
