@@ -67,11 +67,14 @@ class Shortcut:
     @property
     def tally(self) -> Tally:
         """What has been done; a GPU is waited for."""
+        self._count_laps()
+        return self._tally
+
+    def _count_laps(self) -> None:
         for began, ended in self._laps:
             ended.synchronize()
             self._tally.computing += began.elapsed_time(ended) / 1e3
         self._laps.clear()
-        return self._tally
 
     def loss(self, model: nn.Module, batch: Any) -> Returned:
         """The person's loss function, on a batch of samples or on one that is halfway through; where it calls the model
@@ -107,6 +110,7 @@ class Shortcut:
 
     def sequential(self, batch_size: int) -> Iterator[Any]:
         """What `Feed.sequential` gives, halfway through the model where there is a short way."""
+        self._count_laps()
         self._check_unchanged()
         if self._is_off:
             yield from self.feed.sequential(batch_size)
