@@ -41,7 +41,8 @@ def keep_blocks(device: str = "cpu", environ: Mapping[str, str] | None = None) -
     """Tell glibc's allocator to keep what is freed, for this process from now on.
 
     Blocks of any size come from the heap (no mapping of their own), and the heap's free top is not given back. Memory that
-    was in use at once stays with the process until it ends; the peak is about the same. May be called again.
+    was in use at once stays with the process until it ends, with what lies free between: the peak is somewhat higher. May be
+    called again.
 
     Args:
         device: where the arithmetic happens; only on `"cpu"` do activations come from this allocator.
