@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from short_runs import Net, close, images, net, ran, recipe, same
 
@@ -183,3 +183,67 @@ def test_another_activation_finds_no_old_features(tmp_path: Path) -> None:
         model.blocks[0][2] = activation
         found = ran(recipe(cache_exact=True), model=model, valid=None, cache_dir=tmp_path)
         assert found.closed["train"].computed == 24
+
+
+RARE = 7  # the class of one sample, which counts as 1
+
+
+def _marked() -> TensorDataset:
+    inputs, targets = images().tensors
+    targets[17] = RARE
+    return TensorDataset(inputs, targets)
+
+
+def _weighed(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Samples of strong contrast count more; NaN would compare as false, and nothing be noticed."""
+    each = functional.cross_entropy(model(batch[0]), batch[1] % 3, reduction="none")
+    return (each * (1 + 5 * (batch[0].std((1, 2, 3)) > 1.05))).mean()
+
+
+def _of_one(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss of one sample reads its input."""
+    out = model(batch[0])
+    loss = functional.cross_entropy(out, batch[1] % 3)
+    rare = batch[1] == RARE
+    return loss + (out[rare].sum() - batch[0][rare].sum()).square() / 100 if rare.any() else loss
+
+
+def _twice(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The model is called once more for one of the samples."""
+    loss = functional.cross_entropy(model(batch[0]), batch[1] % 3)
+    return loss + model(batch[0]).square().mean() if (batch[1] == RARE).any() else loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (_weighed, "reads the model's inputs itself"),
+        (_of_one, "reads the model's inputs itself"),
+        (_twice, "calls the model more than once"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_that_does_otherwise_for_some_samples(
+    loss: Any, says: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is noticed in the batch in which it does, which is made anew, with the same dropout and with statistics that have moved
+    once; the run comes to what it comes to without a cache.
+    """
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
+    said = {"seed": seed, "cache_exact": True}
+    given = {"train": _marked(), "valid": None, "loss": loss}
+    found = ran(recipe(["head", "blocks.1"], cache="auto", **said), **given)
+    assert same(found, ran(recipe(["head", "blocks.1"], cache="off", **said), **given))
+    assert says in found.notes
+
+
+def test_what_needs_no_values_of_the_inputs_may_be_asked() -> None:
+    """Shape, type and device of the inputs, and their way to where they are already."""
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        x = batch[0].to("cpu")
+        assert x.ndim == 4
+        scale = torch.ones(len(x), dtype=x.dtype, device=x.device).mean() * x.shape[0] / x.size(0)
+        return scale * functional.cross_entropy(model(x), batch[1])
+
+    assert same(*(ran(recipe(cache=c, cache_exact=True), valid=None, loss=loss) for c in ("require", "off")))

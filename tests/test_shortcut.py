@@ -184,7 +184,7 @@ class Branching(Net):
 AMISS = [
     ({"loss": mixed}, "changes the inputs"),
     ({"loss": reading}, "loss"),
-    ({"loss": twice}, "calls the model|changes the inputs"),
+    ({"loss": twice}, "calls the model|changes the inputs|reads the model's inputs"),
     ({"loss": parts}, "never calls the model|does more"),
     ({"model": Centred}, "sample"),
     ({"model": Branching}, "branch"),

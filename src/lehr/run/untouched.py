@@ -71,6 +71,28 @@ def state_kept(model: nn.Module, device: torch.device) -> Iterator[None]:
         randomness.put(before)
 
 
+@contextmanager
+def rewound_after(
+    kind: type[Exception], modules: Iterable[nn.Module], device: torch.device
+) -> Iterator[None]:
+    """Where an exception of this kind comes, torch's random states, and the buffers of those modules that are in training mode, are
+    as before, so that what was begun can be done in another way.
+    """
+    drawn = torch.get_rng_state()
+    drawn_there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    buffers = [(b, b.clone()) for m in modules if m.training for b in m._buffers.values() if b is not None]
+    try:
+        yield
+    except kind:
+        torch.set_rng_state(drawn)
+        if drawn_there is not None:
+            torch.cuda.set_rng_state(drawn_there, device)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        raise
+
+
 def same_random(one: RandomState, other: RandomState) -> bool:
     """Whether no random number was drawn in between."""
     return one.plain == other.plain and all(torch.equal(t, other.tensors[n]) for n, t in one.tensors.items())

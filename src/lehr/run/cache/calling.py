@@ -89,8 +89,8 @@ class Calling:
             )
 
     def without_inputs(self, kept: Sequence[torch.Tensor], like: torch.Tensor) -> Any:
-        """The batch that the loss function gets: what is kept, and NaN where the inputs were, so that a function that
-        reads them after all is noticed. It has the size and device of `like`.
+        """The batch that the loss function gets: what is kept, and where the inputs were what cannot be read, so that a function
+        that reads them after all is noticed. It has the size and device of `like`.
         """
         rest = iter(kept)
         return rebuilt(
@@ -159,13 +159,43 @@ def _recorded(model: nn.Module, loss: Loss, batch: Any) -> tuple[tuple[Any, ...]
     raise CannotSplit(f"the loss function never calls the model itself; {_AS_FUNCTION}")
 
 
+class Unread(torch.Tensor):
+    """In the place of inputs: it has their shape, type and device, and whoever asks for more of it is refused.
+
+    What is computed past Python would find NaN in it.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answers what needs no values."""
+        if func in _WITHOUT_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func in _SAME:
+            return args[0]
+        raise CannotSplit(f"the loss function reads the model's inputs itself; {_AS_FUNCTION}")
+
+
+_WITHOUT_VALUES = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")),
+    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.__len__, torch.Tensor.numel, torch.Tensor.nelement,
+    torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.is_floating_point, torch.is_complex, torch.numel,
+    torch.zeros_like, torch.ones_like, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full,
+    torch.Tensor.new_tensor, torch.Tensor.__repr__,
+}  # fmt: skip
+_SAME = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.contiguous}
+"""They gave the tensor itself when the call was looked at, or it would have been another one."""
+
+
 def _unread(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     size = len(like)
     if (
         not dtype.is_floating_point
     ):  # has no NaN; whatever is computed with a meta tensor and a real one fails
-        return torch.empty((size, *shape), dtype=dtype, device="meta")
-    return torch.full((), math.nan, dtype=dtype, device=like.device).expand(size, *shape)
+        empty = torch.empty((size, *shape), dtype=dtype, device="meta")
+    else:
+        empty = torch.full((), math.nan, dtype=dtype, device=like.device).expand(size, *shape)
+    return empty.as_subclass(Unread)
 
 
 def _are_equal(one: Any, other: Any) -> bool:

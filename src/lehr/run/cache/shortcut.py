@@ -31,6 +31,7 @@ from lehr.run.cache.ways import Halfway, TooLittle, Way, check_worth, find_way, 
 from lehr.run.layout import laid_out
 from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.sampler import Feed, Window, view_of
+from lehr.run.untouched import rewound_after
 from lehr.run.update import Loss, Returned, placed
 
 _LONG = 5.0
@@ -61,6 +62,7 @@ class Shortcut:
         self._never = torch.zeros(0, dtype=torch.bool)  # slots whose rows cannot be stored
         self._at_start: Tally | None = None  # of the epoch that was last
         self._known: list[Known] = []
+        self._with_buffers = [module for module in model.modules() if module._buffers]
 
     way: Way | None
 
@@ -86,7 +88,8 @@ class Shortcut:
         if name := self._terms.layout():
             batch = batch._replace(features=laid_out(batch.features, name))
         try:
-            return through_suffix(self.way, self._loss)(model, batch)
+            with rewound_after(CannotSplit, self._with_buffers, self._terms.on.device):
+                return through_suffix(self.way, self._loss)(model, batch)
         except CannotSplit as why:
             self._ends = str(why)
         return self._loss(model, placed(self._samples_in(batch.slots), self._terms.on.device))

@@ -92,10 +92,11 @@ def _switches(device: torch.device) -> list[_Switch]:
         return found
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     with suppress(RuntimeError):
-        precision = torch.get_float32_matmul_precision()
-        found += [_Switch(torch.set_float32_matmul_precision, precision, "highest")] * (
-            precision != "highest"
-        )
+        if (precision := torch.get_float32_matmul_precision()) != "highest":
+            cpu = getattr(torch.backends.mkldnn, "matmul", None)
+            if value := getattr(cpu, "fp32_precision", None):  # which the next one sets as well
+                found.append(_Switch(partial(_set, cpu, "fp32_precision"), value, value))
+            found.append(_Switch(torch.set_float32_matmul_precision, precision, "highest"))
     with suppress(RuntimeError):
         found += [_Switch(partial(_set, cudnn, "allow_tf32"), True, False)] * bool(cudnn.allow_tf32)
     newer = [matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)]

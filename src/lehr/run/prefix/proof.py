@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lehr.run.allocator import give_back
 from lehr.run.facts import named, unwrap
+from lehr.run.memory import is_out_of_memory
 from lehr.run.prefix.analysis import Halves
 from lehr.run.prefix.cuts import Call, CannotSplit
 from lehr.run.prefix.forms import Form, at_least
@@ -167,12 +168,14 @@ class _Checks:
                 fuller, within = self.features(self.tensors), tolerance(device)
                 self._samples(fuller, within)
                 if self.halves.exact is not None:
-                    few = torch.arange(min(len(fuller[0]), _FEW))
-                    self._same_rounding(self._exact(few), _rows(fuller, few), within)
+                    few = self._exact([t[:_FEW] for t in self.tensors])
+                    self._same_rounding(few, [f[:_FEW] for f in fuller], within)
         except CannotSplit:
             raise
-        except Exception:  # with half-precision weights of its own it may not
-            self._samples(features, self.near)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._samples(features, self.near)  # weights of half precision may not run without autocast
 
     def _samples(self, features: tuple[torch.Tensor, ...], within: Tolerance) -> None:
         count = len(features[0])
@@ -189,14 +192,14 @@ class _Checks:
         """The exact features, of which these are to be a rounding; behind the cut both forms of the halves are the same."""
         if self.halves.exact is None:
             return features
-        exact = self._exact(torch.arange(len(features[0])))
+        exact = self._exact(self.tensors)
         if self.is_full:
             self._same_rounding(exact, features, self.near)
         return exact
 
-    def _exact(self, order: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _exact(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         assert self.halves.exact is not None
-        args, kwargs = self.form.call(_rows(self.tensors, order))
+        args, kwargs = self.form.call(tensors)
         return self.halves.exact.prefix(*args, **kwargs)
 
     def _same_rounding(

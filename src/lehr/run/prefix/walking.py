@@ -151,11 +151,12 @@ class _Walker:
 
     def _even(self, pair: tuple[Any, Any], places: Mapping[int, int]) -> None:
         """Give the small batch the large one's rows where they differ by rounding, which would grow from node to node; never
-        where they lie in the model's state, or in memory of more than one number at a place.
+        where they lie in the model's state or in anything else that both have a part of.
         """
         for a, b in zip(tensors_in(pair[0]), tensors_in(pair[1]), strict=False):
             rows = _shared_rows(a, b)
-            if rows is None or not a.is_floating_point() or not a.is_contiguous() or places[_place(a)] < 0:
+            is_own = places[_place(a)] >= 0 and _place(a) != _place(b)
+            if rows is None or not is_own or not a.is_floating_point() or not a.is_contiguous():
                 continue
             if not torch.equal(a, rows.reshape(a.shape)):
                 a.copy_(rows.reshape(a.shape))
