@@ -208,6 +208,14 @@ def _of_one(model: nn.Module, batch: Any) -> torch.Tensor:
     return loss + (out[rare].sum() - batch[0][rare].sum()).square() / 100 if rare.any() else loss
 
 
+def _wider(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The inputs are of another type in one batch."""
+    inputs = batch[0].to(torch.float64 if (batch[1] == RARE).any() else torch.float32)
+    return functional.cross_entropy(
+        model(inputs.float() if inputs.dtype is torch.float64 else inputs), batch[1] % 3
+    )
+
+
 def _twice(model: nn.Module, batch: Any) -> torch.Tensor:
     """The model is called once more for one of the samples."""
     loss = functional.cross_entropy(model(batch[0]), batch[1] % 3)
@@ -219,6 +227,7 @@ def _twice(model: nn.Module, batch: Any) -> torch.Tensor:
     [
         (_weighed, "reads the model's inputs itself"),
         (_of_one, "reads the model's inputs itself"),
+        (_wider, "inputs"),  # it reads them, or changes them where the first batch shows it
         (_twice, "calls the model more than once"),
     ],
 )

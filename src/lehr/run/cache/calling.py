@@ -171,8 +171,10 @@ class Unread(torch.Tensor):
         if func in _WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func in _SAME:
-            return args[0]
+        if func in _MOVES:
+            with torch._C.DisableTorchFunctionSubclass():
+                if args[0].is_meta or func(*args, **(kwargs or {})) is args[0]:
+                    return args[0]
         raise CannotSplit(f"the loss function reads the model's inputs itself; {_AS_FUNCTION}")
 
 
@@ -183,8 +185,8 @@ _WITHOUT_VALUES = {
     torch.zeros_like, torch.ones_like, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full,
     torch.Tensor.new_tensor, torch.Tensor.__repr__,
 }  # fmt: skip
-_SAME = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.contiguous}
-"""They gave the tensor itself when the call was looked at, or it would have been another one."""
+_MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu}
+"""They give the tensor itself where it is there already."""
 
 
 def _unread(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
