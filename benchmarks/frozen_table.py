@@ -142,8 +142,8 @@ def versions(runs: Sequence[Run]) -> dict[str, Any]:
     return found
 
 
-def _yes(said: bool | None) -> str:
-    return "-" if said is None else "yes" if said else "NO"
+def _yes(said: bool) -> str:
+    return "yes" if said else "NO"
 
 
 def _line(cells: Sequence[str]) -> str:

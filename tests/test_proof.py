@@ -290,3 +290,18 @@ def test_a_backbone_that_needs_autocast() -> None:
         call = Call((torch.randn(5, 6),), {})
         halves = halves_of(model, call, "head")
         proved(model, halves, call)
+
+
+def test_a_full_device_is_no_reason_to_look_less_closely() -> None:
+    """Where there is no room to look in full precision the halves are refused, and not judged by what bf16 shows."""
+
+    def without_room(model: Network, x: torch.Tensor) -> torch.Tensor:
+        seen = model.body(x)
+        if seen.dtype is torch.float32:
+            raise torch.OutOfMemoryError("no room")
+        return seen
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model, halves, call = made()
+        with pytest.raises(CannotSplit, match="OutOfMemoryError"):
+            proved(model, with_prefix(halves, lambda x: ([without_room(model, x)], ())), call)

@@ -191,12 +191,10 @@ _MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu}
 
 def _unread(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     size = len(like)
-    if (
-        not dtype.is_floating_point
-    ):  # has no NaN; whatever is computed with a meta tensor and a real one fails
-        empty = torch.empty((size, *shape), dtype=dtype, device="meta")
-    else:
+    if dtype.is_floating_point:
         empty = torch.full((), math.nan, dtype=dtype, device=like.device).expand(size, *shape)
+    else:  # has no NaN; whatever is computed with a meta tensor and a real one fails
+        empty = torch.empty((size, *shape), dtype=dtype, device="meta")
     return empty.as_subclass(Unread)
 
 
