@@ -50,32 +50,82 @@ def test_blocks_that_were_freed_are_used_again() -> None:
     assert pages < of_a_block < 10 * of_a_block < fetched
 
 
-GIVING = """
+BEGINNING = """
 import ctypes
 from pathlib import Path
-from lehr.run.allocator import give_back, keep_blocks
+from lehr.run.allocator import Ceiling, give_back, keep_blocks, sparing
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+def used_and_freed(mib=200):
+    block = ctypes.create_string_buffer(mib << 20)
+    above = ctypes.create_string_buffer(1 << 20)
+    del block
+    return above
 keep_blocks()
-block = ctypes.create_string_buffer(200 << 20)
-above = ctypes.create_string_buffer(1 << 20)
-del block
+"""
+GIVING = """
+above = used_and_freed()
 kept = resident()
 give_back()
 print(kept - resident())
 """
+SPARING = """
+with sparing():
+    before = resident()
+    above = used_and_freed()
+    print(resident() - before)
+before = resident()
+above = used_and_freed()
+print(resident() - before)
+"""
+CEILING = """
+ceiling, start = Ceiling(), resident()
+above = used_and_freed()
+ceiling.raised()
+print(resident() - start)
+above = used_and_freed(180)
+ceiling.kept()
+print(resident() - start)
+above = used_and_freed(300)
+ceiling.kept()
+print(resident() - start)
+"""
+glibc_alone = pytest.mark.skipif(
+    not IS_GLIBC, reason="glibc on Linux alone keeps blocks, and tells what is resident"
+)
 
 
-@pytest.mark.skipif(not IS_GLIBC, reason="glibc on Linux alone keeps blocks, and tells what is resident")
-def test_what_lies_free_can_be_given_back() -> None:
-    """A large block that was kept goes back to the system when asked, though another lies above it."""
+def printed(program: str) -> list[int]:
+    """The numbers (of KiB) that a new process prints, after the beginning."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LEHR_"))}
     environ["PYTHONPATH"] = str(Path(allocator.__file__).parents[2])
-    found = subprocess.run(
-        [sys.executable, "-c", GIVING], env=environ, capture_output=True, text=True, check=True
-    )
-    assert int(found.stdout) > 150 << 10  # KiB
+    command = [sys.executable, "-c", BEGINNING + program]
+    found = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+@glibc_alone
+def test_what_lies_free_can_be_given_back() -> None:
+    """A large block that was kept goes back to the system when asked, though another lies above it."""
+    (given,) = printed(GIVING)
+    assert given > 150 << 10
+
+
+@glibc_alone
+def test_blocks_are_not_kept_where_memory_is_to_be_spared() -> None:
+    """What is freed in the context is gone at once; afterwards blocks are kept as before."""
+    spared, kept = printed(SPARING)
+    assert spared < 50 << 10 < 150 << 10 < kept
+
+
+@glibc_alone
+def test_memory_is_held_where_it_was() -> None:
+    """Free memory is given back as it is counted; then it may be there again, and no more of it."""
+    counted, again, above = printed(CEILING)
+    assert counted < 50 << 10
+    assert again > 150 << 10
+    assert above < 50 << 10
 
 
 @pytest.mark.skipif(not IS_GLIBC, reason="elsewhere another reason comes first")

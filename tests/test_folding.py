@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import fx, nn
 
 from halving import assert_as_before, assert_same, halves_of, proved, state
+from lehr.run.prefix import folding
 from lehr.run.prefix.analysis import Call, CannotSplit
 
 
@@ -109,6 +110,50 @@ def test_few_convolutions_are_not_folded() -> None:
     for inner, is_folded in ((128, True), (8192, False)):
         halves = halves_of(Mostly(inner), CALL, "head")
         assert (halves.fast() is not halves) == is_folded
+
+
+def _pieces(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+    """Have the faster prefix of `Network`, for images of 20 by 20, take so many samples at a time."""
+    monkeypatch.setattr(folding, "_PIECE", samples * 128 * 20 * 20 * 4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6, 8])
+def test_a_few_samples_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faster prefix never has more than a piece of a batch in its hands, and gives the features of all, in order."""
+    _pieces(monkeypatch, 3)
+    model, images = Network(), torch.randn(rows, 3, 20, 20)
+    halves = halves_of(model, CALL, "head")
+    fast, seen = halves.fast(), list[int]()
+    model.stem[2].register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    (features,) = fast.prefix(images)
+    assert seen == [3] * (rows // 3) + [rows % 3] * (rows % 3 > 0)
+    seen.clear()
+    (exact,) = halves.prefix(images)
+    assert seen == [rows]
+    torch.testing.assert_close(features, exact, rtol=1e-4, atol=1e-5)
+
+
+@fx.wrap
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """A sample and the fourth after it, where there are as many."""
+    far = torch.zeros_like(x)
+    far[:-4] = x[4:]
+    return x + far
+
+
+def test_a_mixing_of_samples_of_two_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces samples could not see each other, where in the whole model they do."""
+
+    class Mixing(Network):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(_mixed(x))
+
+    _pieces(monkeypatch, 4)
+    model, call = Mixing(), Call((torch.randn(8, 3, 20, 20),), {})
+    fast = halves_of(model, CALL, "head").fast()
+    assert fast.piece == 4
+    with pytest.raises(CannotSplit, match="gives other features"):
+        proved(model, fast, call)
 
 
 def test_layout_of_what_crosses() -> None:

@@ -11,14 +11,17 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 TURNED_OFF_BY = "LEHR_MALLOC"
 """The environment variable that turns this off, as `LEHR_MALLOC=off`."""
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX: malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_TRIM_THRESHOLD and so on: malloc.h
 _NEVER = 2**31 - 1  # bytes that may lie free at the top of the heap: a C int
+_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER}
+_SPARING = {_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 1 << 17, _TRIM_THRESHOLD: 1 << 17}  # glibc's first settings
 _OTHERS = ("jemalloc", "tcmalloc", "mimalloc", "hoard", "scalloc")
 _DONE = (
     "memory: the C allocator (glibc) keeps blocks that are freed for the next step, in place of giving them back to the "
@@ -55,12 +58,10 @@ def keep_blocks(device: str = "cpu", environ: Mapping[str, str] | None = None) -
     if why := _why_not(device, os.environ if environ is None else environ):
         return Tuning(False, f"memory: the C allocator is left as it is: {why}")
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-        done = [mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _NEVER)]
+        done = _set(_KEEPING)
     except (OSError, AttributeError) as error:
         return Tuning(False, f"memory: the C allocator is left as it is: it has no mallopt ({error})")
-    if not all(done):
+    if not done:
         return Tuning(False, "memory: the C allocator is left as it is: it refused")
     _TUNED.append("glibc")
     return Tuning(True, _DONE)
@@ -70,6 +71,63 @@ def give_back() -> None:
     """Give memory that lies free back to the system, where the allocator was told to keep it: after what was large and is gone."""
     if _TUNED:
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Ceiling:
+    """Resident memory held where it has been: what lies free is given back, each time in the first steps and later where there
+    is more than then, since blocks are seldom found again in the holes that they have left (glibc below 2.38).
+    """
+
+    def __init__(self) -> None:
+        self._highest = 0
+
+    def raised(self) -> None:
+        """Give back what lies free; what there is now may be there again."""
+        if _TUNED:
+            self._highest = max(self._highest, _resident())
+            give_back()
+
+    def kept(self) -> None:
+        """Give back what lies free if there is more than there was."""
+        if _TUNED and _resident() > self._highest:
+            give_back()
+
+
+def _resident() -> int:
+    """Pages of this process that are in memory; 0 where that is not told."""
+    try:
+        file = os.open("/proc/self/statm", os.O_RDONLY)  # half the time of a file object, at each step
+    except OSError:
+        return 0
+    try:
+        return int(os.read(file, 100).split()[1])
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def sparing() -> Iterator[None]:
+    """In this context large blocks go back to the system when they are freed, also where the allocator was told to keep them:
+    for what is done once, and must not leave more than it needs.
+    """
+    if not _TUNED:
+        yield
+        return
+    give_back()
+    _set(_SPARING)
+    try:
+        yield
+    finally:
+        _set(_KEEPING)
+        give_back()
+
+
+def _set(options: Mapping[int, int]) -> bool:
+    """Whether glibc has taken them all."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    taken = [mallopt(option, value) for option, value in options.items()]
+    return all(taken)
 
 
 def _why_not(device: str, environ: Mapping[str, str]) -> str:

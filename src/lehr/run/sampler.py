@@ -31,7 +31,7 @@ Window = list[tuple[Any, int]]
 _ORDER = 1  # sets the seeds of orders apart from those of augmentation, (seed, view, index), unless seed is 1 itself
 _AS_IT_IS = nullcontext()
 _MOST = 256  # batches gathered at once from tensors in memory, and the most bytes:
-_CHUNK = 32 * 2**20
+_CHUNK = 1 << 20  # so small that what lies ready is nothing beside a step; so large that calls do not count
 
 
 def order(samples: int, seed: int, epoch: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from lehr._version import __version__
 from lehr.errors import RequestError
 from lehr.free_room import size_text
 from lehr.planned_stage import PlannedStage
+from lehr.run.allocator import Ceiling
 from lehr.run.batches import leaves
 from lehr.run.cache.kept import Kept, digests_of, key_of
 from lehr.run.cache.known import Known
@@ -57,8 +58,9 @@ class Shortcut:
         self._model, self._loss, self._terms = model, loss, terms
         self._store: Store | None = None
         self._kept: Kept | None = None
-        self._is_off = self._has_overflown = False
+        self._is_off = self._has_overflown = self._leaves_holes = False
         self._ends, self._view = "", 0
+        self._ceiling = Ceiling()
         self._never = torch.zeros(0, dtype=torch.bool)  # slots whose rows cannot be stored
         self._at_start: Tally | None = None  # of the epoch that was last
         self._known: list[Known] = []
@@ -85,6 +87,9 @@ class Shortcut:
         if not isinstance(batch, Halfway):
             return self._loss(model, batch)
         assert self.way is not None
+        if self._leaves_holes:  # a pass without gradients leaves others than a step can use
+            self._leaves_holes = False
+            self._ceiling.raised()
         if name := self._terms.layout():
             batch = batch._replace(features=laid_out(batch.features, name))
         try:
@@ -208,6 +213,7 @@ class Shortcut:
         if self.way is None or self._store is None:
             return drawn.batch
         if not drawn.missing.any():
+            self._ceiling.kept()
             halfway = self.way.halfway(self._store.get(drawn.slots), drawn.slots)
             self._tally.read += len(drawn.slots)
             self._tally.reading += time.monotonic() - began
@@ -231,6 +237,7 @@ class Shortcut:
         if self._kept and digests is not None and self._kept.take(slots, digests):
             self._tally.read += len(slots)
             return way.halfway(store.get(drawn.slots), drawn.slots)
+        self._ceiling.raised()
         try:
             with self._terms.on.autocast():
                 kept = proved or way.kept(placed(drawn.batch, self._terms.on.device))
@@ -239,6 +246,7 @@ class Shortcut:
                 str(why) if isinstance(why, CannotSplit) else f"the frozen part failed ({type(why).__name__})"
             )
             return drawn.batch if drawn.missing.all() else self._samples_in(drawn.slots)
+        self._leaves_holes = True
         rounded = self._put(way, store, slots, kept)
         if self._kept and digests is not None:
             self._kept.keep(slots[store.has(slots)], digests[store.has(slots)])

@@ -19,7 +19,7 @@ from lehr.run.facts import named, unwrap
 from lehr.run.pinning import pin_of
 from lehr.run.prefix.cuts import Call, CannotSplit, CannotTrace, Crossing, Cut, choose
 from lehr.run.prefix.cutting import Place, places
-from lehr.run.prefix.folding import folded
+from lehr.run.prefix.folding import folded, piece_of
 from lehr.run.prefix.forms import Form, checked_form
 from lehr.run.prefix.halving import Parts, Prefix, Suffix, halve
 from lehr.run.prefix.pureness import Source, below, purity
@@ -42,7 +42,7 @@ class Halves:
     """A model as prefix and suffix, which run its own modules with its own parameters, in the modes these are in.
 
     `cut` is where; `code` is what both compute, as text; `reads` the parameters and buffers that decide the features.
-    `exact` are the halves of which these are the faster form, if they are one.
+    `exact` are the halves of which these are the faster form, if they are one; its prefix takes `piece` samples at a time.
     """
 
     cut: Cut
@@ -54,6 +54,7 @@ class Halves:
     _first: Prefix
     _second: Suffix
     exact: Halves | None = None
+    piece: int = 0
 
     def prefix(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """What crosses the cut, for these arguments of the model: tensors [batch, ...], without gradients.
@@ -64,10 +65,15 @@ class Halves:
         form, tensors = Form.of(args, kwargs)
         if form != self.form:
             raise CannotSplit("the model is called in another way than on the batch that was looked at first")
+        pieces = [torch.split(t, self.piece or len(t)) for t in tensors]
+        with torch.no_grad():
+            features = [self._crossing(list(piece)) for piece in zip(*pieces, strict=True)]
+            return features[0] if len(features) == 1 else tuple(map(torch.cat, zip(*features, strict=True)))
+
+    def _crossing(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         batch = len(tensors[0])
         given = [t.clone() if n in self._first.written else t for n, t in enumerate(tensors)]
-        with torch.no_grad():
-            features, sizes = self._first.module.forward(*given)
+        features, sizes = self._first.module.forward(*given)
         if any(size != filled(value, batch) for size, value in zip(sizes, self._first.sizes, strict=True)):
             raise CannotSplit("a size in the model does not grow with the batch in a simple way")
         if any(len(feature) != batch for feature in features):
@@ -81,7 +87,8 @@ class Halves:
         return pytree.tree_unflatten(leaves, self._spec)
 
     def fast(self) -> Halves:
-        """The same with a prefix that may round differently: batch-norm folded into convolutions, channels last.
+        """The same with a prefix that may round differently: batch-norm folded into convolutions, channels
+        last, a few samples at a time.
 
         Where there is nothing to gain these halves themselves are given.
         """
@@ -90,7 +97,7 @@ class Halves:
                 faster = folded(self._first)
         except Exception:  # without it all is as well, only slower
             return self
-        return self if faster is None else replace(self, exact=self, _first=faster)
+        return self if faster is None else replace(self, exact=self, piece=piece_of(faster), _first=faster)
 
 
 @dataclass(frozen=True)

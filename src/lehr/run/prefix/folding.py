@@ -25,6 +25,26 @@ _IMAGES = 4
 """A convolution is folded if its weights are no more than its output for so many images. The copies of all are then small
 beside a batch, and a norm behind small maps costs little (resnet18, which lies channels last: 3 of 45 MB of weights are copied).
 """
+_PIECE = 12 << 20
+"""Bytes of the largest tensor of a piece of a batch on a CPU, so that what a pass needs does not grow with the batch (8 images of
+224 px, one thread: resnet18 66 MiB at once and 39 so, mobilenet_v3_large 83 and 37, resnet50 150 and 126; 1 to 7 % slower). A GPU
+wants the whole batch.
+"""
+
+
+def piece_of(first: Prefix) -> int:
+    """How many samples the prefix takes at a time; 0: all."""
+    made = [
+        t
+        for n in first.module.graph.nodes
+        if SEEN in n.meta
+        for t in tensors_of(n.meta[SEEN].value)
+        if t.fold
+    ]
+    if any(t.device.type != "cpu" for t in made):
+        return 0
+    largest = max((t.fold * math.prod(t.shape) * t.dtype.itemsize for t in made), default=0)
+    return -(-_PIECE // max(1, largest))
 
 
 def folded(first: Prefix) -> Prefix | None:

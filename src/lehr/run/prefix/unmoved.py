@@ -5,12 +5,14 @@ Parameters, which buffer stands under which name, and plain attributes are compa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.untouched import kept_state
@@ -21,35 +23,71 @@ _PIECE = 1 << 18
 
 
 @contextmanager
-def unmoved(model: nn.Module, *, copied: bool) -> Iterator[None]:
-    """What is done in this context may run the model, and must not change it. Where parameters are `copied`, which takes as
-    much memory once more, what has changed is put back; else it is noticed by its sum.
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """What is done in this context may run the model, and must not change it. What has changed is noticed by its sum, and put
+    back: a parameter is copied when an operation is about to write to it, so that this takes no memory where nothing does. What is
+    written past torch, by NumPy in shared memory say, is noticed alone.
 
     Raises:
         CannotSplit: where a parameter, the buffer under a name, or a plain attribute has changed, with the name.
     """
-    look = torch.clone if copied else _sum
-    parameters = {n: (p, p.data, look(p.detach())) for n, p in model.named_parameters()}
+    parameters = {n: (p, p.data, _sum(p.detach())) for n, p in model.named_parameters()}
     modules = {path: (m, _plain(m), dict(m._buffers)) for path, m in model.named_modules()}
+    written = _Written(p.data for p, _, _ in parameters.values())
     changed: list[str] = []
     try:
-        yield
+        with written:
+            yield
     finally:
         for name, (parameter, data, before) in parameters.items():
-            now = parameter.detach() if copied else _sum(parameter.detach())
-            if parameter.data.data_ptr() == data.data_ptr() and torch.equal(now, before):
-                continue
-            changed.append(name)
-            parameter.data = data
-            if copied:
-                with torch.no_grad():
-                    parameter.copy_(before)
+            if parameter.data.data_ptr() != data.data_ptr() or not torch.equal(
+                _sum(parameter.detach()), before
+            ):
+                changed.append(name)
+                parameter.data = data
+        written.put_back()
         for path, (module, plain, buffers) in modules.items():
             changed += [f"{path}.{name}".lstrip(".") for name in _put_back(module, plain, buffers)]
     if changed:
         raise CannotSplit(
             f"a forward pass changes {changed[0]}, which only the whole model does; nothing is cached"
         )
+
+
+class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies those of some tensors that an operation in this context writes to, before it does, through whatever view."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watched: dict[int, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            self._watched.setdefault(_memory(tensor), []).append(tensor)
+        self._copies: dict[int, list[torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation; first copy what it is about to write to."""
+        schema = getattr(
+            func, "_schema", None
+        )  # operators that take functions have none, and write nothing themselves
+        if schema is not None and schema.is_mutable:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+                    self._copy(_memory(leaf))
+        return func(*args, **(kwargs or {}))
+
+    def _copy(self, memory: int) -> None:
+        if memory in self._watched and memory not in self._copies:
+            self._copies[memory] = [tensor.clone() for tensor in self._watched[memory]]
+
+    def put_back(self) -> None:
+        """Give what was written to its values back."""
+        for memory, copies in self._copies.items():
+            for tensor, copy in zip(self._watched[memory], copies, strict=True):
+                tensor.copy_(copy)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def refuse_sparse(model: nn.Module) -> None:
