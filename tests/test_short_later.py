@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset, get_worker_info
 
 import lehr
 from lehr.events import EpochEnded, Event
-from lehr.run.cache import shortcut
+from lehr.run.cache import clock
 from lehr.run.cache.store import Store
 from lehr.run.cache.ways import Way
 from short_runs import Net, Own, close, images, loader, net, ran, recipe, same
@@ -197,7 +197,7 @@ def test_a_cache_that_does_not_pay_is_switched_off(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Way, "kept", computing)
     monkeypatch.setattr(Store, "get", reading)
-    monkeypatch.setattr(shortcut, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: now[0]))
     found = ran(recipe(length="6 epochs", cache="auto"), valid=None)
     assert "does not pay" in found.notes
     assert found.closed["train"].read == 24

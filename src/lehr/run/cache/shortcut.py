@@ -6,10 +6,8 @@ draws batches that are halfway through the model. Where there is no short way it
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from itertools import islice
@@ -24,19 +22,17 @@ from lehr.free_room import size_text
 from lehr.planned_stage import PlannedStage
 from lehr.run.allocator import Ceiling
 from lehr.run.batches import leaves
+from lehr.run.cache.clock import Clock
 from lehr.run.cache.kept import Kept, digests_of, key_of
 from lehr.run.cache.known import Known
 from lehr.run.cache.store import Store, merged, place_for, row_bytes
-from lehr.run.cache.terms import Tally, Terms
+from lehr.run.cache.terms import Terms
 from lehr.run.cache.ways import Halfway, TooLittle, Way, check_worth, find_way, through_suffix
 from lehr.run.layout import laid_out
 from lehr.run.prefix.cuts import CannotSplit
 from lehr.run.sampler import Feed, Window, view_of
 from lehr.run.untouched import rewound_after
 from lehr.run.update import Loss, Returned, placed
-
-_LONG = 5.0
-"""Seconds of reading in an epoch from which on a cache is judged by the clock; below, it does not matter."""
 
 
 class Drawn(NamedTuple):
@@ -52,8 +48,7 @@ class Shortcut:
 
     def __init__(self, model: nn.Module, feed: Feed, loss: Loss, terms: Terms) -> None:
         self.feed, self.way = feed, None
-        self._tally = Tally()
-        self._laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of computing, on a GPU
+        self.clock = Clock(terms.on.device)
         self.samples = feed.samples
         self._model, self._loss, self._terms = model, loss, terms
         self._store: Store | None = None
@@ -62,23 +57,10 @@ class Shortcut:
         self._ends, self._view = "", 0
         self._ceiling = Ceiling()
         self._never = torch.zeros(0, dtype=torch.bool)  # slots whose rows cannot be stored
-        self._at_start: Tally | None = None  # of the epoch that was last
         self._known: list[Known] = []
         self._with_buffers = [module for module in model.modules() if module._buffers]
 
     way: Way | None
-
-    @property
-    def tally(self) -> Tally:
-        """What has been done; a GPU is waited for."""
-        self._count_laps()
-        return self._tally
-
-    def _count_laps(self) -> None:
-        for began, ended in self._laps:
-            ended.synchronize()
-            self._tally.computing += began.elapsed_time(ended) / 1e3
-        self._laps.clear()
 
     def loss(self, model: nn.Module, batch: Any) -> Returned:
         """The person's loss function, on a batch of samples or on one that is halfway through; where it calls the model
@@ -111,14 +93,13 @@ class Shortcut:
         if self._is_off:
             yield from self.feed.windows(stage, epoch, done, rewound)
             return
-        self._at_start = replace(self.tally)
+        self.clock.begin_epoch()
         draw = partial(self._drawn, stage, epoch)
         for window in self.feed.windows(stage, epoch, done, rewound, draw=draw):
             yield [(self._through(drawn), size) for drawn, size in window]
 
     def sequential(self, batch_size: int) -> Iterator[Any]:
         """What `Feed.sequential` gives, halfway through the model where there is a short way."""
-        self._count_laps()
         self._check_unchanged()
         if self._is_off:
             yield from self.feed.sequential(batch_size)
@@ -179,9 +160,9 @@ class Shortcut:
         wanted = [indices[m] for indices, m in zip(batches, missing, strict=True) if m.any()]
         loaded = iter(self.feed.batches_of(wanted, view, self._watch) if wanted else ())
         for of_batch, m in zip(slots, missing, strict=True):
-            began = time.monotonic()
+            began = self.clock.now()
             batch = next(loaded) if m.any() else None
-            self._tally.computing += time.monotonic() - began
+            self.clock.loaded(since=began)
             yield Drawn(of_batch, m, batch)
 
     def _theirs(self) -> Iterator[Drawn]:
@@ -209,33 +190,22 @@ class Shortcut:
     def _through(self, drawn: Drawn) -> Any:
         """The batch, as far through the model as it goes without what trains."""
         proved = self._find(drawn.batch) if self.way is None and not self._is_off else None
-        began = time.monotonic()
         if self.way is None or self._store is None:
             return drawn.batch
-        if not drawn.missing.any():
-            self._ceiling.kept()
-            halfway = self.way.halfway(self._store.get(drawn.slots), drawn.slots)
-            self._tally.read += len(drawn.slots)
-            self._tally.reading += time.monotonic() - began
-            return halfway
-        return self._computed(drawn, self.way, self._store, proved, began)
+        if drawn.missing.any():
+            return self._computed(drawn, self.way, self._store, proved)
+        began = self.clock.now()
+        self._ceiling.kept()
+        halfway = self.way.halfway(self._store.get(drawn.slots), drawn.slots)
+        self.clock.read(len(drawn.slots), since=began)
+        return halfway
 
-    def _stamp(self) -> torch.cuda.Event | None:
-        """On a GPU, which computes beside this program, the place that it is asked to note the time of."""
-        if self._terms.on.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._terms.on.device))
-        return event
-
-    def _computed(
-        self, drawn: Drawn, way: Way, store: Store, proved: list[torch.Tensor] | None, began: float
-    ) -> Any:
+    def _computed(self, drawn: Drawn, way: Way, store: Store, proved: list[torch.Tensor] | None) -> Any:
         """The batch where rows of it are missing; `proved` is what is kept of it, if it is the one on which the way was proved."""
-        slots, stamp = drawn.slots[drawn.missing], self._stamp()
+        slots, began = drawn.slots[drawn.missing], self.clock.now(on_device=True)
         digests = digests_of(leaves(drawn.batch)) if self._kept else None
         if self._kept and digests is not None and self._kept.take(slots, digests):
-            self._tally.read += len(slots)
+            self.clock.read(len(slots))
             return way.halfway(store.get(drawn.slots), drawn.slots)
         self._ceiling.raised()
         try:
@@ -252,12 +222,8 @@ class Shortcut:
             self._kept.keep(slots[store.has(slots)], digests[store.has(slots)])
         if not drawn.missing.all():
             rounded = merged(way.columns, drawn.missing, rounded, store.get(drawn.slots[~drawn.missing]))
-        self._tally.computed += len(slots)
-        self._tally.read += len(drawn.slots) - len(slots)
-        if stamp and (ended := self._stamp()):
-            self._laps.append((stamp, ended))
-        else:
-            self._tally.computing += time.monotonic() - began
+        self.clock.computed(len(slots), since=began)
+        self.clock.read(len(drawn.slots) - len(slots))
         return way.halfway(rounded, drawn.slots)
 
     def _put(
@@ -350,19 +316,10 @@ class Shortcut:
             )
 
     def _judge(self) -> None:
-        """After a whole epoch that was read: whether reading is faster than computing. What is required is not judged."""
-        was, tally = self._at_start, self.tally
-        if was is None or self._is_off or self._terms.wanted.required or not was.computed:
-            return
-        seconds, read = tally.reading - was.reading, tally.read - was.read
-        if tally.computed > was.computed or seconds <= _LONG:
-            return
-        reading, computing = seconds / read, was.computing / was.computed
-        if reading > computing:
-            self._lose(
-                f"reading a sample takes {1e3 * reading:.3g} ms and computing it {1e3 * computing:.3g} ms, so the cache does "
-                "not pay and is off from here on"
-            )
+        """After a whole epoch that was read: whether it pays. What is required is not judged."""
+        is_judged = not self._is_off and not self._terms.wanted.required
+        if is_judged and (why := self.clock.why_not_worth_it()):
+            self._lose(why)
 
     def _lose(self, why: str, *, quietly: bool = False) -> None:
         self.close()

@@ -88,7 +88,7 @@ class StageCache:
         for data, shortcut in ((_TRAINING, self.train), (_VALIDATION, self._valid)):
             if shortcut is None:
                 continue
-            tally = shortcut.tally
+            tally = shortcut.clock.tally
             if tally.computed or tally.read:
                 self._tell(
                     CacheClosed(self._stage.index, self._at(), data, tally.computed, tally.read, tally.saved)

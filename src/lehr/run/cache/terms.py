@@ -1,4 +1,4 @@
-"""What a shortcut works for, and what it has done, as values. They must not know how it works."""
+"""What a shortcut works for, as a value. It must not know how it works."""
 
 from __future__ import annotations
 
@@ -10,23 +10,6 @@ from lehr.run.cache.store import Store
 from lehr.run.cache.ways import Wanted, Way
 from lehr.run.layout import Name
 from lehr.run.precision import Arithmetic
-
-
-@dataclass
-class Tally:
-    """What a cache has done: samples computed and samples read, and the seconds that each took."""
-
-    computed: int = 0
-    read: int = 0
-    computing: float = 0.0
-    reading: float = 0.0
-
-    @property
-    def saved(self) -> float:
-        """Seconds that were not spent, as far as it can be told."""
-        if not self.computed or not self.read:
-            return 0.0
-        return max(0.0, self.read * self.computing / self.computed - self.reading)
 
 
 @dataclass(frozen=True)
