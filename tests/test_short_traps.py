@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import lehr
 from short_runs import Net, close, images, net, ran, recipe, same
 
 
@@ -137,6 +138,41 @@ def setting(model: Any, batch: Any) -> torch.Tensor:
     """Tells the model something before it calls it."""
     model.scale = 2.0
     return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
+def test_a_compiled_loss_is_compiled() -> None:
+    """Nothing that looks at the model keeps the person's loss function from being compiled, which one may insist on."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def criterion(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(outputs, targets)
+
+    found = ran(recipe(), valid=None, loss=lambda model, batch: criterion(model(batch[0]), batch[1]))
+    assert graphs
+    assert found.cached["train"].rows == 24
+
+
+def test_a_loss_that_changes_the_weights_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did when it was looked at is undone, and the stage goes on without a cache."""
+    monkeypatch.setattr("lehr.run.cache.ways.LEAST_WORK", 0.0)
+
+    def shrinking(model: Any, batch: Any) -> torch.Tensor:
+        model.blocks[0][0].weight.data.mul_(0.9)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def last(kind: str) -> Any:
+        model = net()
+        with pytest.raises(lehr.RunError, match="changed"):  # frozen means unchanged
+            ran(recipe(cache=kind, length="1 epoch"), valid=None, loss=shrinking, model=model)
+        return model.blocks[0][0].weight
+
+    assert torch.equal(last("auto"), last("off"))
 
 
 def test_a_loss_that_sets_something_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ TURNED_OFF_BY = "LEHR_MALLOC"
 """The environment variable that turns this off, as `LEHR_MALLOC=off`."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_TRIM_THRESHOLD and so on: malloc.h
 _NEVER = 2**31 - 1  # bytes that may lie free at the top of the heap: a C int
+_FETCHING, _SHARE = 1e-6, 0.03  # seconds to fetch a page of 4 KiB, and of all time what may go into that
 _KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER}
 _SPARING = {_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 1 << 17, _TRIM_THRESHOLD: 1 << 17}  # glibc's first settings
 _OTHERS = ("jemalloc", "tcmalloc", "mimalloc", "hoard", "scalloc")
@@ -74,23 +76,35 @@ def give_back() -> None:
 
 
 class Ceiling:
-    """Resident memory held where it has been: what lies free is given back, each time in the first steps and later where there
-    is more than then, since blocks are seldom found again in the holes that they have left (glibc below 2.38).
+    """Resident memory held near where it has been: what lies free is given back in steps that count (`raise_`), and in others
+    where there is more than in those (`keep`). For blocks are seldom found again in the holes that they have left (glibc below 2.38).
+
+    Pages that were given back are fetched again. No more than some 3 % of the time goes into that: where steps are short, memory is
+    given back once in several. Does nothing but for work on a CPU whose allocator was told to keep blocks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._is_of_use = device == "cpu"
         self._highest = 0
+        self._not_before = 0.0
 
-    def raised(self) -> None:
+    def raise_(self) -> None:
         """Give back what lies free; what there is now may be there again."""
-        if _TUNED:
-            self._highest = max(self._highest, _resident())
-            give_back()
+        if _TUNED and self._is_of_use and time.monotonic() >= self._not_before:
+            now = _resident()
+            self._highest = max(self._highest, now)
+            self._give_back(now)
 
-    def kept(self) -> None:
+    def keep(self) -> None:
         """Give back what lies free if there is more than there was."""
-        if _TUNED and _resident() > self._highest:
-            give_back()
+        if _TUNED and self._highest and time.monotonic() >= self._not_before:
+            now = _resident()
+            if now > self._highest:
+                self._give_back(now)
+
+    def _give_back(self, now: int) -> None:
+        give_back()
+        self._not_before = time.monotonic() + (now - _resident()) * _FETCHING / _SHARE
 
 
 def _resident() -> int:

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from lehr.run.batches import leaves, rebuilt
+from lehr.run.facts import unwrap
 from lehr.run.prefix.cuts import Call, CannotSplit
+from lehr.run.prefix.unmoved import Copies, moved
 from lehr.run.update import Loss
 
 _KEPT = 16 * 1024
@@ -23,16 +25,22 @@ _AS_FUNCTION = 'compute it in the data set, or say cache = "off"'
 
 
 class StandIn:
-    """Called instead of the model: `run` gets the arguments. All else that is asked of it is the model's own."""
+    """Called instead of the model: `run` gets the arguments. All else that is asked of it is the model's own; `touched` is called
+    before.
+    """
 
-    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
-        self.__dict__.update(_model=model, _run=run)
+    def __init__(
+        self, model: nn.Module, run: Callable[..., Any], touched: Callable[[], None] | None = None
+    ) -> None:
+        self.__dict__.update(_model=model, _run=run, _touched=touched)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `run` makes of the arguments."""
         return self._run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if self._touched:
+            self._touched()
         return getattr(self._model, name)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -140,23 +148,30 @@ class _SeenError(Exception):
 
 
 def _recorded(model: nn.Module, loss: Loss, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments that the loss function calls the model with. What it has done to the weights before is undone."""
     found: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
+    copies = Copies(unwrap(model))
 
     def record(*args: Any, **kwargs: Any) -> Any:
         found.append((args, kwargs))
         raise _SeenError
 
     try:
-        loss(StandIn(model, record), batch)  # type: ignore[arg-type]  # it is called, and asked for attributes
-    except _SeenError:
-        return found[0]
-    except CannotSplit:
-        raise
+        loss(StandIn(model, record, copies.take), batch)  # type: ignore[arg-type]  # it is called, and asked for attributes
+    except (_SeenError, CannotSplit) as why:
+        refused: Exception | None = why
     except Exception as error:
-        raise CannotSplit(
+        refused = CannotSplit(
             f"the loss function does more with the model than call it ({type(error).__name__}); {_AS_FUNCTION}"
-        ) from error
-    raise CannotSplit(f"the loss function never calls the model itself; {_AS_FUNCTION}")
+        )
+        refused.__cause__ = error
+    else:
+        refused = CannotSplit(f"the loss function never calls the model itself; {_AS_FUNCTION}")
+    if changed := copies.put_back():
+        raise moved(changed[0])
+    if isinstance(refused, CannotSplit):
+        raise refused
+    return found[0]
 
 
 class Unread(torch.Tensor):

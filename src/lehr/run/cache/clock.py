@@ -79,13 +79,13 @@ class Clock:
     def read(self, samples: int, *, since: Moment | None = None) -> None:
         """So many samples were read; without a time where most of the batch was computed."""
         self._tally.read += samples
-        if since:
+        if since is not None:
             self._tally.reading += time.monotonic() - since.seconds
 
     def computed(self, samples: int, *, since: Moment) -> None:
         """So many samples were computed."""
         self._tally.computed += samples
-        if since.event and (ended := self.now(on_device=True).event):
+        if since.event is not None and (ended := self.now(on_device=True).event):
             self._laps.append((since.event, ended))
         else:
             self._tally.computing += time.monotonic() - since.seconds

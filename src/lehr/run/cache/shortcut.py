@@ -55,7 +55,7 @@ class Shortcut:
         self._kept: Kept | None = None
         self._is_off = self._has_overflown = self._leaves_holes = False
         self._ends, self._view = "", 0
-        self._ceiling = Ceiling()
+        self._ceiling = Ceiling(terms.on.device.type)
         self._never = torch.zeros(0, dtype=torch.bool)  # slots whose rows cannot be stored
         self._known: list[Known] = []
         self._with_buffers = [module for module in model.modules() if module._buffers]
@@ -71,7 +71,7 @@ class Shortcut:
         assert self.way is not None
         if self._leaves_holes:  # a pass without gradients leaves others than a step can use
             self._leaves_holes = False
-            self._ceiling.raised()
+            self._ceiling.raise_()
         if name := self._terms.layout():
             batch = batch._replace(features=laid_out(batch.features, name))
         try:
@@ -100,6 +100,7 @@ class Shortcut:
 
     def sequential(self, batch_size: int) -> Iterator[Any]:
         """What `Feed.sequential` gives, halfway through the model where there is a short way."""
+        self.clock.begin_epoch()
         self._check_unchanged()
         if self._is_off:
             yield from self.feed.sequential(batch_size)
@@ -193,9 +194,10 @@ class Shortcut:
         if self.way is None or self._store is None:
             return drawn.batch
         if drawn.missing.any():
+            self._ceiling.raise_()
             return self._computed(drawn, self.way, self._store, proved)
+        self._ceiling.keep()
         began = self.clock.now()
-        self._ceiling.kept()
         halfway = self.way.halfway(self._store.get(drawn.slots), drawn.slots)
         self.clock.read(len(drawn.slots), since=began)
         return halfway
@@ -207,7 +209,6 @@ class Shortcut:
         if self._kept and digests is not None and self._kept.take(slots, digests):
             self.clock.read(len(slots))
             return way.halfway(store.get(drawn.slots), drawn.slots)
-        self._ceiling.raised()
         try:
             with self._terms.on.autocast():
                 kept = proved or way.kept(placed(drawn.batch, self._terms.on.device))

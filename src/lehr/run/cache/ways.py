@@ -26,7 +26,7 @@ from lehr.run.precision import Arithmetic
 from lehr.run.prefix.analysis import Halves, analyse
 from lehr.run.prefix.cuts import Call, CannotSplit, Cut, choose
 from lehr.run.prefix.proof import Judged, prove
-from lehr.run.prefix.unmoved import refuse_sparse, unmoved
+from lehr.run.prefix.unmoved import refuse_sparse, undone, unmoved
 from lehr.run.untouched import state_kept, without_compiling
 from lehr.run.update import Loss, Returned, scalar_loss
 
@@ -123,10 +123,11 @@ def find_way(
     with _as_it_was(model, loss, on), without_compiling(model), on.autocast():
         with unmoved(unwrap(model)):
             seen = calling(model, loss, batch)
-            work = _work(model, seen.call(part(batch, 1)))
-            if not wanted.required and work * wanted.rows * wanted.passes < LEAST_WORK:
-                raise TooLittle(_TOO_LITTLE)
-            analysis = analyse(model, seen.call(part(batch, _LOOKED_AT)), trained=trained)
+            with undone(unwrap(model)):
+                work = _work(model, seen.call(part(batch, 1)))
+                if not wanted.required and work * wanted.rows * wanted.passes < LEAST_WORK:
+                    raise TooLittle(_TOO_LITTLE)
+                analysis = analyse(model, seen.call(part(batch, _LOOKED_AT)), trained=trained)
         give_back()  # small blocks, too
         beside = sum(leaves(batch)[n][:1].nbytes for n in seen.kept)
         cut, narrow, rows = _chosen(analysis.cuts, wanted, beside)

@@ -95,9 +95,10 @@ class Halves:
         try:
             with torch.no_grad():
                 faster = folded(self._first)
+                piece = piece_of(faster) if faster else 0
         except Exception:  # without it all is as well, only slower
             return self
-        return self if faster is None else replace(self, exact=self, piece=piece_of(faster), _first=faster)
+        return self if faster is None else replace(self, exact=self, piece=piece, _first=faster)
 
 
 @dataclass(frozen=True)

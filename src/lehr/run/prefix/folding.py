@@ -26,9 +26,9 @@ _IMAGES = 4
 beside a batch, and a norm behind small maps costs little (resnet18, which lies channels last: 3 of 45 MB of weights are copied).
 """
 _PIECE = 12 << 20
-"""Bytes of the largest tensor of a piece of a batch on a CPU, so that what a pass needs does not grow with the batch (8 images of
-224 px, one thread: resnet18 66 MiB at once and 39 so, mobilenet_v3_large 83 and 37, resnet50 150 and 126; 1 to 7 % slower). A GPU
-wants the whole batch.
+"""Bytes, for each thread, of the largest tensor of a piece of a batch on a CPU, so that what a pass needs does not grow with the
+batch (8 images of 224 px, one thread: resnet18 66 MiB at once and 39 so, mobilenet_v3_large 83 and 37, resnet50 150 and 126; 1 to
+7 % slower). A GPU wants the whole batch.
 """
 
 
@@ -44,7 +44,7 @@ def piece_of(first: Prefix) -> int:
     if any(t.device.type != "cpu" for t in made):
         return 0
     largest = max((t.fold * math.prod(t.shape) * t.dtype.itemsize for t in made), default=0)
-    return -(-_PIECE // max(1, largest))
+    return -(-_PIECE * torch.get_num_threads() // max(1, largest))
 
 
 def folded(first: Prefix) -> Prefix | None:

@@ -5,7 +5,7 @@ Parameters, which buffer stands under which name, and plain attributes are compa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lehr.run.prefix.cuts import CannotSplit
-from lehr.run.untouched import kept_state
+from lehr.run.untouched import kept_state, same_bits
 
 _PLAIN = (bool, int, float, str, type(None))
 _MODE = "training"
@@ -24,70 +24,120 @@ _PIECE = 1 << 18
 
 @contextmanager
 def unmoved(model: nn.Module) -> Iterator[None]:
-    """What is done in this context may run the model, and must not change it. What has changed is noticed by its sum, and put
-    back: a parameter is copied when an operation is about to write to it, so that this takes no memory where nothing does. What is
-    written past torch, by NumPy in shared memory say, is noticed alone.
+    """What is done in this context may run the model, and must not change it. A parameter that has changed is noticed by the sums
+    of its memory, which is not copied: within `undone`, or `Copies`, it has its values again by then.
 
     Raises:
         CannotSplit: where a parameter, the buffer under a name, or a plain attribute has changed, with the name.
     """
-    parameters = {n: (p, p.data, _sum(p.detach())) for n, p in model.named_parameters()}
+    parameters = {n: (p, p.data) for n, p in model.named_parameters()}
+    before = _sums(model)
     modules = {path: (m, _plain(m), dict(m._buffers)) for path, m in model.named_modules()}
-    written = _Written(p.data for p, _, _ in parameters.values())
     changed: list[str] = []
     try:
-        with written:
-            yield
+        yield
     finally:
-        for name, (parameter, data, before) in parameters.items():
-            if parameter.data.data_ptr() != data.data_ptr() or not torch.equal(
-                _sum(parameter.detach()), before
-            ):
+        for name, (parameter, data) in parameters.items():
+            if parameter.data.data_ptr() != data.data_ptr():
                 changed.append(name)
                 parameter.data = data
-        written.put_back()
         for path, (module, plain, buffers) in modules.items():
             changed += [f"{path}.{name}".lstrip(".") for name in _put_back(module, plain, buffers)]
+    now = _sums(model)
+    changed += [
+        n for n, (_, data) in parameters.items() if not torch.equal(before[_memory(data)], now[_memory(data)])
+    ]
     if changed:
-        raise CannotSplit(
-            f"a forward pass changes {changed[0]}, which only the whole model does; nothing is cached"
-        )
+        raise moved(changed[0])
+
+
+def moved(name: str) -> CannotSplit:
+    """What to say of a parameter, a buffer or an attribute that has changed."""
+    return CannotSplit(f"a forward pass changes {name}, which only the whole model does; nothing is cached")
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """In this context a parameter that an operator is about to write to is copied first, and has its values again afterwards. Nothing
+    else is copied. Code that is compiled runs as it is written here, so the person's own is not to be called for the first time.
+
+    Raises:
+        CannotSplit: where one has changed, with its name.
+    """
+    copies = Copies(model)
+    try:
+        with _Written(copies):
+            yield
+    finally:
+        changed = copies.put_back()
+    if changed:
+        raise moved(changed[0])
+
+
+class Copies:
+    """Copies of a model's parameters, made when they are asked for.
+
+    Example:
+        >>> copies = Copies(layer := nn.Linear(2, 2))
+        >>> copies.take()
+        >>> _ = layer.bias.data.add_(1)
+        >>> copies.put_back()
+        ['bias']
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        for name, parameter in model.named_parameters():
+            self._parameters.setdefault(_memory(parameter.data), []).append((name, parameter.data))
+        self._copies: dict[int, list[torch.Tensor]] = {}
+
+    def take(self, memory: int | None = None) -> None:
+        """Copy what lies in this memory, if it is not copied yet; by default everything."""
+        for place in self._parameters if memory is None else [memory]:
+            if place in self._parameters and place not in self._copies:
+                self._copies[place] = [data.clone() for _, data in self._parameters[place]]
+
+    def put_back(self) -> list[str]:
+        """Give what was copied its values again; the names of what had others."""
+        changed = []
+        for place, copies in self._copies.items():
+            for (name, data), copy in zip(self._parameters[place], copies, strict=True):
+                if not same_bits(data, copy):
+                    changed.append(name)
+                    data.copy_(copy)
+        return changed
 
 
 class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies those of some tensors that an operation in this context writes to, before it does, through whatever view."""
+    """Has what an operation is about to write to copied before it does, through whatever view it is given."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, copies: Copies) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._watched: dict[int, list[torch.Tensor]] = {}
-        for tensor in tensors:
-            self._watched.setdefault(_memory(tensor), []).append(tensor)
-        self._copies: dict[int, list[torch.Tensor]] = {}
+        self._copies = copies
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation; first copy what it is about to write to."""
-        schema = getattr(
-            func, "_schema", None
-        )  # operators that take functions have none, and write nothing themselves
+        """Run the operation."""
+        given = kwargs or {}
+        schema = getattr(func, "_schema", None)
         if schema is not None and schema.is_mutable:
-            for leaf in pytree.tree_leaves((args, kwargs)):
-                if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-                    self._copy(_memory(leaf))
-        return func(*args, **(kwargs or {}))
-
-    def _copy(self, memory: int) -> None:
-        if memory in self._watched and memory not in self._copies:
-            self._copies[memory] = [tensor.clone() for tensor in self._watched[memory]]
-
-    def put_back(self) -> None:
-        """Give what was written to its values back."""
-        for memory, copies in self._copies.items():
-            for tensor, copy in zip(self._watched[memory], copies, strict=True):
-                tensor.copy_(copy)
+            for number, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[number] if number < len(args) else given.get(argument.name)
+                    for leaf in pytree.tree_leaves(value):
+                        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+                            self._copies.take(_memory(leaf))
+        return func(*args, **given)
 
 
 def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _sums(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Sums of the memory of all parameters, each once."""
+    return {_memory(p.data): _sum(p.data) for p in {_memory(p.data): p for p in model.parameters()}.values()}
 
 
 def refuse_sparse(model: nn.Module) -> None:
@@ -105,11 +155,11 @@ def refuse_sparse(model: nn.Module) -> None:
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of what lies in its memory, read as whole numbers; in pieces, since torch widens what it sums."""
+    """Sums of what lies in its memory, read as whole numbers: piece by piece, since torch widens what it sums."""
     memory = tensor.untyped_storage()
     kind = torch.uint8 if memory.nbytes() % 4 else torch.int32
     words = torch.empty(0, dtype=kind, device=tensor.device).set_(memory)
-    return torch.stack([piece.sum() for piece in torch.split(words, _PIECE)]).sum() if len(words) else words
+    return torch.stack([piece.sum() for piece in torch.split(words, _PIECE)]) if len(words) else words
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
