@@ -16,7 +16,8 @@ from torch.utils.data import TensorDataset, get_worker_info
 
 import lehr
 from lehr.events import EpochEnded, Event
-from lehr.run.cache import clock
+from lehr.run import allocator
+from lehr.run.cache import clock, shortcut
 from lehr.run.cache.store import Store
 from lehr.run.cache.ways import Way
 from short_runs import Net, Own, close, images, loader, net, ran, recipe, same
@@ -235,3 +236,30 @@ def test_a_layout_that_came_is_kept() -> None:
     ran(recipe(cache="off"), model=model, valid=None)
     assert model.blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not model.blocks[0][0].weight.is_contiguous()
+
+
+def test_memory_is_given_back_while_a_cache_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after each pass that fills it; a batch that is read only holds memory where it was. Nothing is kept while the
+    model is looked at.
+    """
+    told: list[str] = []
+
+    class Ceiling:
+        def __init__(self, device: str) -> None:
+            assert device == "cpu"
+
+        def raise_(self) -> None:
+            told.append("raised")
+
+        def keep(self) -> None:
+            told.append("kept")
+
+    monkeypatch.setattr(shortcut, "Ceiling", Ceiling)
+    monkeypatch.setattr(allocator, "_TUNED", ["as if"])
+    monkeypatch.setattr(
+        allocator, "_set", lambda said: told.append("spared" if said is allocator._SPARING else "keeping")
+    )
+    ran(recipe(length="3 epochs"), valid=None)
+    looking = told.index("spared")
+    assert told[looking : looking + 2] == ["spared", "keeping"]
+    assert told[looking + 2 :] == ["raised"] * 2 * 3 + ["kept"] * 2 * 3

@@ -148,30 +148,37 @@ class _SeenError(Exception):
 
 
 def _recorded(model: nn.Module, loss: Loss, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The arguments that the loss function calls the model with. What it has done to the weights before is undone."""
-    found: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
+    """The arguments that the loss function calls the model with; what it has done to the weights before is undone."""
     copies = Copies(unwrap(model))
+    try:
+        found = _called(model, loss, batch, copies.take)
+    finally:
+        changed = copies.put_back()
+    if changed:
+        raise moved(changed[0])
+    return found
+
+
+def _called(
+    model: nn.Module, loss: Loss, batch: Any, touched: Callable[[], None]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    found: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
 
     def record(*args: Any, **kwargs: Any) -> Any:
         found.append((args, kwargs))
         raise _SeenError
 
     try:
-        loss(StandIn(model, record, copies.take), batch)  # type: ignore[arg-type]  # it is called, and asked for attributes
-    except (_SeenError, CannotSplit) as why:
-        refused: Exception | None = why
+        loss(StandIn(model, record, touched), batch)  # type: ignore[arg-type]  # it is called, and asked for attributes
+    except _SeenError:
+        return found[0]
+    except CannotSplit:
+        raise
     except Exception as error:
-        refused = CannotSplit(
+        raise CannotSplit(
             f"the loss function does more with the model than call it ({type(error).__name__}); {_AS_FUNCTION}"
-        )
-        refused.__cause__ = error
-    else:
-        refused = CannotSplit(f"the loss function never calls the model itself; {_AS_FUNCTION}")
-    if changed := copies.put_back():
-        raise moved(changed[0])
-    if isinstance(refused, CannotSplit):
-        raise refused
-    return found[0]
+        ) from error
+    raise CannotSplit(f"the loss function never calls the model itself; {_AS_FUNCTION}")
 
 
 class Unread(torch.Tensor):

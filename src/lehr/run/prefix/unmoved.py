@@ -5,7 +5,7 @@ Parameters, which buffer stands under which name, and plain attributes are compa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ def unmoved(model: nn.Module) -> Iterator[None]:
         CannotSplit: where a parameter, the buffer under a name, or a plain attribute has changed, with the name.
     """
     parameters = {n: (p, p.data) for n, p in model.named_parameters()}
-    before = _sums(model)
+    before = _sums(data for _, data in parameters.values())
     modules = {path: (m, _plain(m), dict(m._buffers)) for path, m in model.named_modules()}
     changed: list[str] = []
     try:
@@ -43,7 +43,7 @@ def unmoved(model: nn.Module) -> Iterator[None]:
                 parameter.data = data
         for path, (module, plain, buffers) in modules.items():
             changed += [f"{path}.{name}".lstrip(".") for name in _put_back(module, plain, buffers)]
-    now = _sums(model)
+    now = _sums(data for _, data in parameters.values())
     changed += [
         n for n, (_, data) in parameters.items() if not torch.equal(before[_memory(data)], now[_memory(data)])
     ]
@@ -135,9 +135,9 @@ def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _sums(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Sums of the memory of all parameters, each once."""
-    return {_memory(p.data): _sum(p.data) for p in {_memory(p.data): p for p in model.parameters()}.values()}
+def _sums(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Sums of the memory of these, each once."""
+    return {place: _sum(tensor) for place, tensor in {_memory(t): t for t in tensors}.items()}
 
 
 def refuse_sparse(model: nn.Module) -> None:
