@@ -96,6 +96,7 @@ def _page(runs: Sequence[Run], settings: Sequence[Setting]) -> str:
     }
     ours = [s for s in settings if any(r.setting == s and r.contestant == "lehr" for r in runs)]
     beside = [s for s in settings if {r.contestant for r in runs if r.setting == s} - {"plain", "lehr"}]
+    lengths = " or ".join(map(str, sorted({s.epochs for s in settings})))
     wrong, loads = problems(runs), [run.load for run in runs] or [0.0]
     lines = [
         "**A frozen backbone**: time over the plain PyTorch loop's; batches of 8, 224 px, tensors in memory, AdamW, "
@@ -103,7 +104,7 @@ def _page(runs: Sequence[Run], settings: Sequence[Setting]) -> str:
         *(["", *lehr_rows(runs, ours)] if ours else []),
         "",
         "Ratios of processor time (all threads of the process) and of wall time, from the call on: tracing, checking "
-        "and filling the cache count. *half* and *all*: of the epochs.",
+        f"and filling the cache count. *half* and *all*: of {lengths} epochs.",
         *(f"{remark}." for remark in remarks),
         "",
         "The field, processor time over the plain loop's after epoch 1 / half / all of them:",

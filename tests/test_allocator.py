@@ -87,13 +87,13 @@ def above_start_after(mib, of, soon=False):
         ceiling._not_before = 0.0  # as if so much time had gone by
     of()
     return resident() - start
-print(above_start_after(300, ceiling.keep))
-print(above_start_after(300, ceiling.raise_))
-print(above_start_after(300, ceiling.raise_, soon=True))
-print(above_start_after(200, ceiling.keep))
-print(above_start_after(400, ceiling.keep))
+print(above_start_after(300, ceiling.hold))
+print(above_start_after(300, ceiling.allow))
+print(above_start_after(300, ceiling.allow, soon=True))
+print(above_start_after(200, ceiling.hold))
+print(above_start_after(400, ceiling.hold))
 ceiling = Ceiling("cuda")
-print(above_start_after(400, ceiling.raise_))
+print(above_start_after(400, ceiling.allow))
 """
 glibc_alone = pytest.mark.skipif(
     not IS_GLIBC, reason="glibc on Linux alone keeps blocks, and tells what is resident"

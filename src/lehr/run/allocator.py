@@ -49,8 +49,7 @@ def keep_blocks(device: str = "cpu", environ: Mapping[str, str] | None = None) -
     """Tell glibc's allocator to keep what is freed, for this process from now on.
 
     Blocks of any size come from the heap (no mapping of their own), and the heap's free top is not given back. Memory that
-    was in use at once stays with the process until it ends, with what lies free between: the peak is somewhat higher. May be
-    called again.
+    was in use at once stays with the process, with what lies free between, until `give_back`. May be called again.
 
     Args:
         device: where the arithmetic happens; only on `"cpu"` do activations come from this allocator.
@@ -79,8 +78,8 @@ def give_back() -> None:
 
 
 class Ceiling:
-    """Resident memory held near where it has been: what lies free is given back in steps that count (`raise_`), and in others
-    where there is more than in those (`keep`). For blocks are seldom found again in the holes that they have left (glibc below 2.38).
+    """Resident memory held near where it has been: what lies free is given back in steps that count (`allow`), and in others
+    where there is more than in those (`hold`). For blocks are seldom found again in the holes that they have left (glibc below 2.38).
 
     Pages that were given back are fetched again. No more than some 10 % of the time goes into both in steps that count, and 3 %
     in others: where steps are short, memory is given back once in several. Does nothing but for work on a CPU whose allocator was
@@ -92,14 +91,14 @@ class Ceiling:
         self._highest = 0
         self._not_before = 0.0
 
-    def raise_(self) -> None:
+    def allow(self) -> None:
         """Give back what lies free; what there is now may be there again."""
         if _TUNED and self._is_of_use and time.monotonic() >= self._not_before:
             now = _resident()
             self._highest = max(self._highest, now)
             self._give_back(now, _STEPS_THAT_COUNT)
 
-    def keep(self) -> None:
+    def hold(self) -> None:
         """Give back what lies free if there is more than there was."""
         if _TUNED and self._highest and time.monotonic() >= self._not_before:
             now = _resident()

@@ -316,11 +316,7 @@ def _of_tensors(
         yield from (
             list(parts)
             for parts in zip(
-                *(
-                    torch.split(gathered(t, together, pin=True) if pin else t[together], sizes)
-                    for t in source.tensors
-                ),
-                strict=True,
+                *(torch.split(gathered(t, together, pin=pin), sizes) for t in source.tensors), strict=True
             )
         )
 

@@ -71,7 +71,7 @@ class Shortcut:
         assert self.way is not None
         if self._leaves_holes:  # a pass without gradients leaves others than a step can use
             self._leaves_holes = False
-            self._ceiling.raise_()
+            self._ceiling.allow()
         if name := self._terms.layout():
             batch = batch._replace(features=laid_out(batch.features, name))
         try:
@@ -100,7 +100,7 @@ class Shortcut:
 
     def sequential(self, batch_size: int) -> Iterator[Any]:
         """What `Feed.sequential` gives, halfway through the model where there is a short way."""
-        self.clock.begin_epoch()
+        self.clock.begin_epoch()  # a GPU's times are read, which would gather otherwise
         self._check_unchanged()
         if self._is_off:
             yield from self.feed.sequential(batch_size)
@@ -194,9 +194,9 @@ class Shortcut:
         if self.way is None or self._store is None:
             return drawn.batch
         if drawn.missing.any():
-            self._ceiling.raise_()
+            self._ceiling.allow()
             return self._computed(drawn, self.way, self._store, proved)
-        self._ceiling.keep()
+        self._ceiling.hold()
         began = self.clock.now()
         halfway = self.way.halfway(self._store.get(drawn.slots), drawn.slots)
         self.clock.read(len(drawn.slots), since=began)

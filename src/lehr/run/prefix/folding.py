@@ -34,13 +34,8 @@ batch (8 images of 224 px, one thread: resnet18 66 MiB at once and 39 so, mobile
 
 def piece_of(first: Prefix) -> int:
     """How many samples the prefix takes at a time; 0: all."""
-    made = [
-        t
-        for n in first.module.graph.nodes
-        if SEEN in n.meta
-        for t in tensors_of(n.meta[SEEN].value)
-        if t.fold
-    ]
+    values = [node.meta[SEEN].value for node in first.module.graph.nodes if SEEN in node.meta]
+    made = [t for value in values for t in tensors_of(value) if t.fold]
     if any(t.device.type != "cpu" for t in made):
         return 0
     largest = max((t.fold * math.prod(t.shape) * t.dtype.itemsize for t in made), default=0)

@@ -59,7 +59,8 @@ def moved(name: str) -> CannotSplit:
 @contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """In this context a parameter that an operator is about to write to is copied first, and has its values again afterwards. Nothing
-    else is copied. Code that is compiled runs as it is written here, so the person's own is not to be called for the first time.
+    else is copied. No place for a loss function: torch.compile does not compile here, and torch 2.6 never compiles later what it was
+    first called with here.
 
     Raises:
         CannotSplit: where one has changed, with its name.
