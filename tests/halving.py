@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -113,3 +115,13 @@ def assert_as_before(before: list[Any], after: list[Any]) -> None:
         assert (old is None and new is None) or torch.equal(old, new)
     assert after[3] == before[3]
     assert torch.equal(after[4], before[4])
+
+
+def with_suffix(halves: Halves, function: Callable[..., Any]) -> Halves:
+    """Halves whose suffix does something else."""
+    return replace(halves, _second=replace(halves._second, module=SimpleNamespace(forward=function)))
+
+
+def with_prefix(halves: Halves, function: Callable[..., Any]) -> Halves:
+    """Halves whose prefix does something else."""
+    return replace(halves, _first=replace(halves._first, module=SimpleNamespace(forward=function), sizes=()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import timm
 import torch
 from torch import fx, nn
 
-from halving import assert_as_before, assert_same, halves_of, proved, state
+from halving import assert_as_before, assert_same, halves_of, proved, state, with_suffix
 from lehr.run.prefix import folding
-from lehr.run.prefix.analysis import Call, CannotSplit
+from lehr.run.prefix.analysis import Call, CannotSplit, Halves
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +79,10 @@ def test_folded_where_it_spares_more_than_it_copies(side: int, is_folded: bool) 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_where_nothing_is_gained_it_is_no_faster_form(layout: torch.memory_format) -> None:
-    """Where no norm is folded, and the weights lie channels last already, the halves themselves are given."""
+    """Where no norm is folded, and the weights lie channels last already, the prefix stays what it is."""
     model = Network().to(memory_format=layout)
     halves = halves_of(model, Call((torch.randn(4, 3, 2, 2),), {}), "head")
-    assert (halves.fast() is halves) == (layout is torch.channels_last)
+    assert (halves.fast().exact is None) == (layout is torch.channels_last)
 
 
 def test_rows_of_a_sample_count() -> None:
@@ -109,7 +110,7 @@ def test_few_convolutions_are_not_folded() -> None:
 
     for inner, is_folded in ((128, True), (8192, False)):
         halves = halves_of(Mostly(inner), CALL, "head")
-        assert (halves.fast() is not halves) == is_folded
+        assert (halves.fast().exact is not None) == is_folded
 
 
 def _pieces(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
@@ -117,13 +118,19 @@ def _pieces(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
     monkeypatch.setattr(folding, "_PIECE", samples * 128 * 20 * 20 * 4)
 
 
+@pytest.mark.parametrize("is_folded", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 6, 8])
-def test_a_few_samples_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The faster prefix never has more than a piece of a batch in its hands, and gives the features of all, in order."""
+def test_a_few_samples_at_a_time(rows: int, is_folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faster prefix never has more than a piece of a batch in its hands, and gives the features of all, in order; also where
+    nothing is folded.
+    """
     _pieces(monkeypatch, 3)
+    if not is_folded:
+        monkeypatch.setattr(folding, "_LARGE", 10**9)
     model, images = Network(), torch.randn(rows, 3, 20, 20)
     halves = halves_of(model, CALL, "head")
     fast, seen = halves.fast(), list[int]()
+    assert (fast.exact is not None) == is_folded
     model.stem[2].register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     (features,) = fast.prefix(images)
     assert seen == [3] * (rows // 3) + [rows % 3] * (rows % 3 > 0)
@@ -141,7 +148,10 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
     return x + far
 
 
-def test_a_mixing_of_samples_of_two_pieces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_folded", [True, False])
+def test_a_mixing_of_samples_of_two_pieces_is_refused(
+    is_folded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In pieces samples could not see each other, where in the whole model they do."""
 
     class Mixing(Network):
@@ -149,11 +159,27 @@ def test_a_mixing_of_samples_of_two_pieces_is_refused(monkeypatch: pytest.Monkey
             return super().forward(_mixed(x))
 
     _pieces(monkeypatch, 4)
+    if not is_folded:
+        monkeypatch.setattr(folding, "_LARGE", 10**9)
     model, call = Mixing(), Call((torch.randn(8, 3, 20, 20),), {})
     fast = halves_of(model, CALL, "head").fast()
     assert fast.piece == 4
-    with pytest.raises(CannotSplit, match="gives other features"):
+    with pytest.raises(CannotSplit, match="gives other features" if is_folded else "loss is another"):
         proved(model, fast, call)
+
+
+def test_rounding_that_shows_behind_the_cut() -> None:
+    """Where the suffix makes much of the faster form's rounding it is judged by the exact features."""
+    model = Network()
+    halves = halves_of(model, CALL, "head")
+    (exact,), own = halves.prefix(*CALL.args), halves._second.module.forward
+
+    def touchy(is_off: Callable[[torch.Tensor], bool]) -> Halves:
+        return with_suffix(halves.fast(), lambda size, f: [own(size, f)[0] * (1.01 if is_off(f) else 1)])
+
+    proved(model, touchy(lambda f: not torch.equal(f, exact)), CALL)
+    with pytest.raises(CannotSplit, match="loss is another"):
+        proved(model, touchy(lambda _: True), CALL)
 
 
 def test_layout_of_what_crosses() -> None:
@@ -184,14 +210,14 @@ def test_a_norm_that_is_read_elsewhere() -> None:
 
 
 def test_hooks_and_small_networks_are_left_alone() -> None:
-    """Where there is nothing to gain, or a hook looks at a convolution, the halves themselves are given."""
+    """Where there is nothing to gain, or a hook looks at a convolution, the prefix stays what it is."""
     small = halves_of(Network(wide=8), CALL, "head")
-    assert small.fast() is small
+    assert small.fast()._first is small._first
     model, seen = Network(), []
     for layer in (model.stem[0], model.block[0]):
         layer.register_forward_pre_hook(lambda *_: seen.append(1))
     hooked = halves_of(model, CALL, "head")
-    assert hooked.fast() is hooked
+    assert hooked.fast()._first is hooked._first
 
 
 def test_a_wrong_fold_is_refused() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from halving import assert_as_before, halves_of, number, proved, state
+from halving import assert_as_before, halves_of, number, proved, state, with_prefix, with_suffix
 from lehr.run.prefix.analysis import Call, CannotSplit, Halves
 from lehr.run.prefix.proof import prove
 
@@ -40,16 +38,6 @@ def made(*, training: bool = True) -> tuple[Network, Halves, Call]:
     return model, halves_of(model, call, "head", training=training), call
 
 
-def with_suffix(halves: Halves, function: Callable[..., Any]) -> Halves:
-    """Halves whose suffix does something else."""
-    return replace(halves, _second=replace(halves._second, module=SimpleNamespace(forward=function)))
-
-
-def with_prefix(halves: Halves, function: Callable[..., Any]) -> Halves:
-    """Halves whose prefix does something else."""
-    return replace(halves, _first=replace(halves._first, module=SimpleNamespace(forward=function), sizes=()))
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_right_halves_pass(training: bool) -> None:
     """The model's own halves pass, in training and in evaluation, and a pass changes nothing: weights, gradients, buffers,
@@ -62,6 +50,17 @@ def test_right_halves_pass(training: bool) -> None:
         proved(model, halves, call, store=torch.float16)
     assert_as_before(before, state(model))
     assert (random.getstate(), np.random.get_state()[1].tolist()) == rolled
+
+
+def test_what_a_look_costs() -> None:
+    """The frozen part is run on the batch twice, once as the model does, and on five samples besides: more only where halves
+    give other bits than the model.
+    """
+    model, halves, call = made()
+    rows: list[int] = []
+    model.body[0].register_forward_pre_hook(lambda _, x: rows.append(len(x[0])))
+    proved(model, halves, call)
+    assert sorted(rows) == [1, 2, 2, 5, 5]
 
 
 Module = Callable[..., Any]
@@ -125,7 +124,7 @@ WRONG_PREFIXES = {
         lambda x: ([m.body(x) + torch.arange(len(x))[:, None]], ())
     ),
     "when its batch is of another size": lambda m: lambda x: ([m.body(x) * len(x)], ()),
-    "when its batch is alone": lambda m: lambda x: ([m.body(x) * (1 + (len(x) == 1))], ()),
+    "when it is alone": lambda m: lambda x: ([m.body(x) * (1 + (len(x) == 1))], ()),
     "draws random numbers": lambda m: lambda x: ([m.body(x) + 0 * torch.rand(1)], ()),
     "changes the model's own state": _moves,
     "not a row for each sample": lambda m: lambda x: ([m.body(x)[:-1]], ()),

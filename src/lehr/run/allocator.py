@@ -23,8 +23,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_TRIM_THRESHOLD and
 _NEVER = 2**31 - 1  # bytes that may lie free at the top of the heap: a C int
 _FETCHING = 2.9e-6
 """Seconds to fetch a page again that was given back (200 MiB in a virtual machine, n = 8: 2.6 to 3.3 us)."""
-_STEPS_THAT_COUNT, _OTHERS_SHARE = 0.10, 0.03
-"""Of the time, what may go into that."""
+_SHARE = 0.03
+"""Of the time, what may go into giving pages back and fetching them again."""
 _KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER}
 _SPARING = {_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 1 << 17, _TRIM_THRESHOLD: 1 << 17}  # glibc's first settings
 _OTHERS = ("jemalloc", "tcmalloc", "mimalloc", "hoard", "scalloc")
@@ -81,9 +81,8 @@ class Ceiling:
     """Resident memory held near where it has been: what lies free is given back in steps that count (`allow`), and in others
     where there is more than in those (`hold`). For blocks are seldom found again in the holes that they have left (glibc below 2.38).
 
-    Pages that were given back are fetched again. No more than some 10 % of the time goes into both in steps that count, and 3 %
-    in others: where steps are short, memory is given back once in several. Does nothing but for work on a CPU whose allocator was
-    told to keep blocks.
+    Pages that were given back are fetched again. No more than some 3 % of the time goes into both: where steps are short, memory is
+    given back once in several. Does nothing but for work on a CPU whose allocator was told to keep blocks.
     """
 
     def __init__(self, device: str) -> None:
@@ -96,20 +95,20 @@ class Ceiling:
         if _TUNED and self._is_of_use and time.monotonic() >= self._not_before:
             now = _resident()
             self._highest = max(self._highest, now)
-            self._give_back(now, _STEPS_THAT_COUNT)
+            self._give_back(now)
 
     def hold(self) -> None:
         """Give back what lies free if there is more than there was."""
         if _TUNED and self._highest and time.monotonic() >= self._not_before:
             now = _resident()
             if now > self._highest:
-                self._give_back(now, _OTHERS_SHARE)
+                self._give_back(now)
 
-    def _give_back(self, now: int, share: float) -> None:
+    def _give_back(self, now: int) -> None:
         began = time.monotonic()
         give_back()
         ended = time.monotonic()
-        self._not_before = ended + (ended - began + (now - _resident()) * _FETCHING) / share
+        self._not_before = ended + (ended - began + (now - _resident()) * _FETCHING) / _SHARE
 
 
 def _resident() -> int:

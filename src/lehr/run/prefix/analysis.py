@@ -42,7 +42,7 @@ class Halves:
     """A model as prefix and suffix, which run its own modules with its own parameters, in the modes these are in.
 
     `cut` is where; `code` is what both compute, as text; `reads` the parameters and buffers that decide the features.
-    `exact` are the halves of which these are the faster form, if they are one; its prefix takes `piece` samples at a time.
+    `exact` are the halves of which these are the faster form, if they are one. The prefix takes `piece` samples at a time (0: all).
     """
 
     cut: Cut
@@ -88,17 +88,19 @@ class Halves:
 
     def fast(self) -> Halves:
         """The same with a prefix that may round differently: batch-norm folded into convolutions, channels
-        last, a few samples at a time.
+        last, on a CPU a few samples at a time.
 
         Where there is nothing to gain these halves themselves are given.
         """
         try:
             with torch.no_grad():
                 faster = folded(self._first)
-                piece = piece_of(faster) if faster else 0
+                piece = piece_of(faster or self._first)
         except Exception:  # without it all is as well, only slower
             return self
-        return self if faster is None else replace(self, exact=self, piece=piece, _first=faster)
+        if faster is None:
+            return replace(self, piece=piece) if piece else self
+        return replace(self, exact=self, piece=piece, _first=faster)
 
 
 @dataclass(frozen=True)

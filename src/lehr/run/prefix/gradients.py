@@ -5,7 +5,7 @@ came about.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -18,6 +18,8 @@ _MOST, _PART = 0.05, 1e-3
 """But by no more than that share of itself, or of that part of all gradients, if it is smaller than that."""
 _NOTHING = 1e-9
 """What differs by less than this share of all gradients is the same: gradients that are 0 but for rounding are as large."""
+
+_PIECE = 1 << 18
 
 
 def apart(expected: Gradients, found: Gradients, shaken: Gradients | None = None) -> dict[str, float]:
@@ -33,7 +35,7 @@ def apart(expected: Gradients, found: Gradients, shaken: Gradients | None = None
         >>> apart({"a": one, "b": 1e-8 * one, "c": one}, {"a": one, "b": zero, "c": None})
         {'b': 1.0, 'c': inf}
     """
-    size = norm(g for g in expected.values() if g is not None)
+    size = math.hypot(*(_norm(g) for g in expected.values() if g is not None))
     shares: dict[str, float] = {}
     for name, one in expected.items():
         other, again = found[name], shaken[name] if shaken else None
@@ -41,8 +43,8 @@ def apart(expected: Gradients, found: Gradients, shaken: Gradients | None = None
             if one is not other:
                 shares[name] = math.inf
             continue
-        off, own = norm([other - one]), norm([one])
-        moved = norm([again - other]) if again is not None else 0.0
+        off, own = _norm(one, other), _norm(one)
+        moved = _norm(other, again) if again is not None else 0.0
         allowed = max(_NOTHING * size, min(_TIMES * moved, _MOST * max(own, _PART * size)))
         if not off <= allowed:
             shares[name] = off / own if own else math.inf
@@ -57,6 +59,13 @@ def shaken(feature: torch.Tensor) -> torch.Tensor:
     return feature * (1 + 4 * torch.finfo(feature.dtype).eps * noise.reshape(feature.shape).to(feature.dtype))
 
 
-def norm(tensors: Iterable[torch.Tensor]) -> float:
-    """The norm of all their numbers."""
-    return math.sqrt(sum(float(t.detach().double().norm()) ** 2 for t in tensors))
+def _norm(tensor: torch.Tensor, other: torch.Tensor | None = None) -> float:
+    """The norm of a tensor's numbers, or of what it is apart from the `other`; piece by piece, since doubles take room."""
+    pieces = [
+        torch.split(t.detach().to_dense().reshape(-1), _PIECE) for t in (tensor, other) if t is not None
+    ]
+    squares = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for piece, *rest in zip(*pieces, strict=True):
+        numbers = piece.to(torch.float64, copy=True)
+        squares += (numbers.sub_(rest[0]) if rest else numbers).square_().sum()
+    return math.sqrt(float(squares))

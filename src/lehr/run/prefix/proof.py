@@ -6,14 +6,16 @@ It must not know how the halves were made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lehr.run.allocator import sparing
 from lehr.run.facts import named, unwrap
 from lehr.run.memory import is_out_of_memory
 from lehr.run.prefix.analysis import Halves
@@ -70,12 +72,12 @@ def prove(
             kept.enter_context(one)
         torch.clear_autocast_cache()
         try:
-            checks.again()
             features = checks.features(tensors)
             checks.stored(features, store)
-            checks.samples(features)
-            exact = checks.exact(features)
-            checks.suffix(exact, loss)
+            with sparing():
+                checks.again()
+                checks.samples(features)
+            checks.goes_on(features, loss)
             return features
         except CannotSplit:
             raise
@@ -87,10 +89,6 @@ def prove(
             torch.clear_autocast_cache()
 
 
-_PAIR = 2
-"""Samples that the whole model is run on again."""
-_FEW = 4
-"""Samples that are computed again, for what costs a pass through the frozen part each time."""
 _CLOSER = 0.1
 """The faster form of a prefix is to be that much nearer: it is one convolution's rounding, and nothing behind it."""
 
@@ -108,26 +106,38 @@ class _Checks:
 
     def again(self) -> None:
         """The model is to give the same once more, with the same random numbers: to the bit, on a CPU. Elsewhere sums may be
-        taken in another order each time.
+        taken in another order each time. Halves that give these bits are once more as well.
         """
         if self.randomness.device.type != "cpu":
             return
-        tensors = [t[:_PAIR] for t in at_least(self.tensors, _PAIR)]
-        once, twice = self._run(tensors), self._run(tensors)
-        if not all(map(same_bits, once, twice)):
+        once = self._run(unwrap(self.model))
+        with suppress(Exception):  # what is wrong with the halves is found, and named, by the other checks
+            if _same(once, self._run(lambda *_, **__: self.halves.suffix(self.exact_pair))):
+                return
+        if not _same(once, self._run(unwrap(self.model))):
             raise CannotSplit(
                 "the model gives something else when it is run again on the same samples with the same random numbers, so it "
                 "draws some from a generator of its own; put the layers that do it in eval mode"
             )
 
-    def _run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors that the model returns, which is afterwards as before."""
+    @property
+    def pair(self) -> list[torch.Tensor]:
+        """The last sample and the first, in this order; they are two also where the batch has one."""
+        return _ends(at_least(self.tensors, 2))
+
+    @cached_property
+    def exact_pair(self) -> tuple[torch.Tensor, ...]:
+        """The exact features of the pair, in the arithmetic that is on."""
+        return self._exact(self.pair)
+
+    def _run(self, called: Callable[..., Any]) -> list[torch.Tensor]:
+        """The tensors that are returned for the pair, by the model or what stands for it. The model is afterwards as before."""
         own = unwrap(self.model)
-        args, kwargs = self.form.call([t.clone() for t in tensors])
+        args, kwargs = self.form.call(self.pair)
         with (
             state_kept(own, self.randomness.device), attributes_kept(own), without_compiling(own), torch.no_grad()
         ):  # fmt: skip
-            returned = pytree.tree_leaves(own(*args, **kwargs))
+            returned = pytree.tree_leaves(called(*args, **kwargs))
         return [leaf for leaf in returned if isinstance(leaf, torch.Tensor)]
 
     def features(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -153,51 +163,40 @@ class _Checks:
         return is_full_precision(self.randomness.device)
 
     def samples(self, features: tuple[torch.Tensor, ...]) -> None:
-        """A sample's features are to be the same in another order of the batch, and alone. In full precision, where the model
-        runs in it: what depends on what shows there best.
+        """A sample's features are to be the same in another order of the batch, and alone, and those of the faster form a
+        rounding of the exact ones. In full precision, where the model runs in it: what depends on what shows there best.
         """
         if self.is_full:
-            self._samples(features, self.near)
+            self._samples(features, self.exact_pair, self.near)
             return
         device = self.randomness.device
         try:
             with full_precision(device):
-                fuller, within = self.features(self.tensors), tolerance(device)
-                self._samples(fuller, within)
-                if self.halves.exact is not None:
-                    few = self._exact([t[:_FEW] for t in self.tensors])
-                    self._same_rounding(few, [f[:_FEW] for f in fuller], within)
+                self._samples(self.features(self.tensors), self._exact(self.pair), tolerance(device))
         except CannotSplit:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self._samples(features, self.near)  # weights of half precision may not run without autocast
+            self._samples(features, self.exact_pair, self.near)  # half precision may not run without autocast
 
-    def _samples(self, features: tuple[torch.Tensor, ...], within: Tolerance) -> None:
-        count = len(features[0])
-        turned = torch.arange(min(count, _FEW) - 1, -1, -1)
-        alone = [("alone", turned[n : n + 1]) for n in (0, len(turned) - 1)]
-        for how, order in [("of another size or order", turned), *alone]:
-            again = self.features(_rows(self.tensors, order))
-            self._same_features(_rows(features, order), again, how, within)
-        if count == 1:
-            again = self.features(at_least(self.tensors, 2))
-            self._same_features(features, [f[:1] for f in again], "larger", within)
-
-    def exact(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The exact features, of which these are to be a rounding; behind the cut both forms of the halves are the same."""
-        if self.halves.exact is None:
-            return features
-        exact = self._exact(self.tensors)
-        if self.is_full:
-            self._same_rounding(exact, features, self.near)
-        return exact
+    def _samples(
+        self, features: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...], within: Tolerance
+    ) -> None:
+        """The same for these features, and the `exact` ones of the pair."""
+        pair = self.features(self.pair) if self.halves.exact else exact
+        if len(features[0]) > 1:
+            self._same_features(_ends(features), pair, "its batch is of another size or order", within)
+        else:
+            self._same_features(features, [f[1:] for f in pair], "its batch is larger", within)
+        alone = self.features([t[:1] for t in self.pair])
+        self._same_features([f[:1] for f in pair], alone, "it is alone", within)
+        self._same_rounding(exact, pair, within)
 
     def _exact(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        assert self.halves.exact is not None
+        """The exact features, of which those of a faster form are to be a rounding."""
         args, kwargs = self.form.call(tensors)
-        return self.halves.exact.prefix(*args, **kwargs)
+        return (self.halves.exact or self.halves).prefix(*args, **kwargs)
 
     def _same_rounding(
         self, exact: Iterable[torch.Tensor], features: Iterable[torch.Tensor], within: Tolerance
@@ -211,7 +210,7 @@ class _Checks:
     ) -> None:
         if not all(near(one, other, within) for one, other in zip(some, others, strict=True)):
             raise CannotSplit(
-                f"a sample's features up to {self.after} are others when its batch is {how}, so they depend on the samples "
+                f"a sample's features up to {self.after} are others when {how}, so they depend on the samples "
                 "beside it; a layer that mixes samples has to be behind what is frozen"
             )
 
@@ -226,8 +225,19 @@ class _Checks:
                     'cache_dtype = "fp32" holds them'
                 )
 
+    def goes_on(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
+        """The suffix is to go on as the model does: from these features, or where their rounding shows, from the exact ones."""
+        try:
+            self.suffix(features, loss)
+        except CannotSplit:
+            if self.halves.exact is None:
+                raise
+            exact = self._exact(self.tensors)
+            self._same_rounding(exact, features, self.near)
+            self.suffix(exact, loss)
+
     def suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
-        """The suffix is to go on as the model does."""
+        """The suffix is to go on from these features as the model does."""
         if loss is None or not torch.is_grad_enabled():
             self.outputs(features)
         if loss is not None:
@@ -292,8 +302,14 @@ class _Checks:
         return type(one) is type(other) and bool(one == other)
 
 
-def _rows(tensors: Iterable[torch.Tensor], order: torch.Tensor) -> list[torch.Tensor]:
-    return [t[order.to(t.device)] for t in tensors]
+def _ends(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The last row and the first."""
+    return [torch.cat([t[-1:], t[:1]]) for t in tensors]
+
+
+def _same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Whether these are the same bits."""
+    return len(some) == len(others) and all(map(same_bits, some, others))
 
 
 @dataclass(frozen=True)

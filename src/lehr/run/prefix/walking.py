@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -143,22 +143,19 @@ class _Walker:
         compared = _Compared(self.near)
         value = compared.value(*pair)
         if not compared.mixes:
-            self._even(pair, self.places[node])
+            self._even(compared.uneven, self.places[node])
         self.seen[node] = Seen(
             value, frozenset(self.places[node].values()), frozenset(group(t, alive) for t in given),
             frozenset(group(t, alive) for t in written), draws, compared.mixes, compared.same, flops,
         )  # fmt: skip
 
-    def _even(self, pair: tuple[Any, Any], places: Mapping[int, int]) -> None:
+    def _even(self, uneven: Iterable[Uneven], places: Mapping[int, int]) -> None:
         """Give the small batch the large one's rows where they differ by rounding, which would grow from node to node; never
         where they lie in the model's state or in anything else that both have a part of.
         """
-        for a, b in zip(tensors_in(pair[0]), tensors_in(pair[1]), strict=False):
-            rows = _shared_rows(a, b)
+        for a, b, rows in uneven:
             is_own = places[_place(a)] >= 0 and _place(a) != _place(b)
-            if rows is None or not is_own or not a.is_floating_point() or not a.is_contiguous():
-                continue
-            if not torch.equal(a, rows.reshape(a.shape)):
+            if is_own and a.is_floating_point() and a.is_contiguous():
                 a.copy_(rows.reshape(a.shape))
 
     def _run(self, node: fx.Node, which: int) -> Any:
@@ -178,13 +175,22 @@ class _Walker:
             ) from error
 
 
+class Uneven(NamedTuple):
+    """Tensors of the small and of the large batch, and that one's `rows` of the samples that both have, which differ."""
+
+    small: torch.Tensor
+    large: torch.Tensor
+    rows: torch.Tensor
+
+
 @dataclass
 class _Compared:
-    """Values of the two batches side by side; `mixes` and `same` gather what is found."""
+    """Values of the two batches side by side; `mixes`, `same` and `uneven` gather what is found."""
 
     near: Tolerance
     mixes: bool = False
     same: bool = True
+    uneven: list[Uneven] = field(default_factory=list)
 
     def value(self, a: Any, b: Any) -> Any:
         """The value with `Tensor`, `Affine` and `Unclear` in it."""
@@ -225,24 +231,30 @@ class _Compared:
             a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
         )
         sizes = self.value(a.shape, b.shape)
-        rows = _shared_rows(a, b)
-        if rows is None:
-            return Tensor(0, tuple(a.shape), a.dtype, a.device, sizes)
-        if not near(a.reshape(rows.shape), rows, self.near):
-            self.mixes = True
-        return Tensor(rows.shape[1], tuple(a.shape[1:]), a.dtype, a.device, sizes)
+        fold = _fold(a, b)
+        if fold and not _are_even(a, b, fold):
+            rows = b.reshape(LARGE, fold, *b.shape[1:])[_SHARED.to(b.device)]
+            self.uneven.append(Uneven(a, b, rows))
+            self.mixes = self.mixes or not near(a.reshape(rows.shape), rows, self.near)
+        return Tensor(fold, tuple(a.shape[1:] if fold else a.shape), a.dtype, a.device, sizes)
 
 
-def _shared_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """Of the large batch's tensor `b` the samples of the small one's `a`: [SMALL, rows of a sample, ...]; None where their rows
-    do not come sample by sample.
+def _fold(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many rows of a tensor are a sample's, of the small batch's `a` and the large one's `b`; 0 where their rows do not come
+    sample by sample.
     """
     if not a.ndim == b.ndim > 0 or a.shape[1:] != b.shape[1:]:
-        return None
+        return 0
     fold, rest = divmod(len(a), SMALL)
-    if rest or not fold or len(b) != fold * LARGE:
-        return None
-    return b.reshape(LARGE, fold, *b.shape[1:])[_SHARED.to(b.device)]
+    return fold if not rest and len(b) == fold * LARGE else 0
+
+
+def _are_even(a: torch.Tensor, b: torch.Tensor, fold: int) -> bool:
+    """Whether the samples that both have are the same bits, as far as that can be told without a copy of them."""
+    return all(
+        torch.equal(a[n * fold : (n + 1) * fold], b[other * fold : (other + 1) * fold])
+        for n, other in enumerate(_SHARED.tolist())
+    )
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
