@@ -75,7 +75,6 @@ def prove(
             features = checks.features(tensors)
             checks.stored(features, store)
             with sparing():
-                checks.again()
                 checks.samples(features)
             checks.goes_on(features, loss)
             return features
@@ -104,23 +103,7 @@ class _Checks:
     randomness: Randomness
     near: Tolerance
 
-    def again(self) -> None:
-        """The model is to give the same once more, with the same random numbers: to the bit, on a CPU. Elsewhere sums may be
-        taken in another order each time. Halves that give these bits are once more as well.
-        """
-        if self.randomness.device.type != "cpu":
-            return
-        once = self._run(unwrap(self.model))
-        with suppress(Exception):  # what is wrong with the halves is found, and named, by the other checks
-            if _same(once, self._run(lambda *_, **__: self.halves.suffix(self.exact_pair))):
-                return
-        if not _same(once, self._run(unwrap(self.model))):
-            raise CannotSplit(
-                "the model gives something else when it is run again on the same samples with the same random numbers, so it "
-                "draws some from a generator of its own; put the layers that do it in eval mode"
-            )
-
-    @property
+    @cached_property
     def pair(self) -> list[torch.Tensor]:
         """The last sample and the first, in this order; they are two also where the batch has one."""
         return _ends(at_least(self.tensors, 2))
@@ -129,16 +112,6 @@ class _Checks:
     def exact_pair(self) -> tuple[torch.Tensor, ...]:
         """The exact features of the pair, in the arithmetic that is on."""
         return self._exact(self.pair)
-
-    def _run(self, called: Callable[..., Any]) -> list[torch.Tensor]:
-        """The tensors that are returned for the pair, by the model or what stands for it. The model is afterwards as before."""
-        own = unwrap(self.model)
-        args, kwargs = self.form.call(self.pair)
-        with (
-            state_kept(own, self.randomness.device), attributes_kept(own), without_compiling(own), torch.no_grad()
-        ):  # fmt: skip
-            returned = pytree.tree_leaves(called(*args, **kwargs))
-        return [leaf for leaf in returned if isinstance(leaf, torch.Tensor)]
 
     def features(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the prefix gives, which is to change nothing by the way."""
@@ -228,23 +201,57 @@ class _Checks:
     def goes_on(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
         """The suffix is to go on as the model does: from these features, or where their rounding shows, from the exact ones."""
         try:
-            self.suffix(features, loss)
+            is_same = self.suffix(features, loss)
         except CannotSplit:
+            self.again()
             if self.halves.exact is None:
                 raise
             exact = self._exact(self.tensors)
             self._same_rounding(exact, features, self.near)
             self.suffix(exact, loss)
+        else:
+            if not is_same:
+                self.again()
 
-    def suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
-        """The suffix is to go on from these features as the model does."""
-        if loss is None or not torch.is_grad_enabled():
-            self.outputs(features)
+    def again(self) -> None:
+        """The model is to give the same once more, with the same random numbers: to the bit, on a CPU. Elsewhere sums may be
+        taken in another order each time. Halves that give the model's bits are once more as well.
+        """
+        if self.randomness.device.type != "cpu":
+            return
+        with sparing():
+            once = self._run(unwrap(self.model))
+            with suppress(Exception):  # what halves do with two samples alone is not asked of them
+                if _same(once, self._run(lambda *_, **__: self.halves.suffix(self.exact_pair))):
+                    return
+            twice = self._run(unwrap(self.model))
+        if not _same(once, twice):
+            raise CannotSplit(
+                "the model gives something else when it is run again on the same samples with the same random numbers, so it "
+                "draws some from a generator of its own; put the layers that do it in eval mode"
+            )
+
+    def _run(self, called: Callable[..., Any]) -> list[torch.Tensor]:
+        """The tensors that are returned for the pair, by the model or what stands for it. The model is afterwards as before."""
+        own = unwrap(self.model)
+        args, kwargs = self.form.call(self.pair)
+        with (
+            state_kept(own, self.randomness.device), attributes_kept(own), without_compiling(own), torch.no_grad()
+        ):  # fmt: skip
+            returned = pytree.tree_leaves(called(*args, **kwargs))
+        return [leaf for leaf in returned if isinstance(leaf, torch.Tensor)]
+
+    def suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> bool:
+        """The suffix is to go on from these features as the model does; whether it does so to the bit, as far as was looked."""
+        if loss is not None and torch.is_grad_enabled():
+            return self.training(features, loss)
+        is_same = self.outputs(features)
         if loss is not None:
-            self.training(features, loss) if torch.is_grad_enabled() else self.loss(features, loss)
+            self._same_loss(loss(self.model), loss(lambda *_, **__: self.halves.suffix(features)))
+        return is_same
 
-    def outputs(self, features: tuple[torch.Tensor, ...]) -> None:
-        """The suffix is to return what the model returns."""
+    def outputs(self, features: tuple[torch.Tensor, ...]) -> bool:
+        """The suffix is to return what the model returns; whether it is that to the bit."""
         args, kwargs = self.form.call([t.clone() for t in self.tensors])
         state = self.randomness.take()
         with torch.no_grad():
@@ -255,10 +262,7 @@ class _Checks:
             raise CannotSplit(
                 f"the model cut behind {self.after} returns something else than the whole model"
             )
-
-    def loss(self, features: tuple[torch.Tensor, ...], loss: Judged) -> None:
-        """The loss is to be that of the whole model."""
-        self._same_loss(loss(self.model), loss(lambda *_, **__: self.halves.suffix(features)))
+        return _same(whole, ours)
 
     def _same_loss(self, whole: torch.Tensor, ours: torch.Tensor) -> None:
         if not near(whole, ours, self.near) and not abs(float(whole - ours)) <= _TINY:
@@ -266,8 +270,10 @@ class _Checks:
                 f"the loss is another when the model is cut behind {self.after} ({float(ours):.6g} for {float(whole):.6g})"
             )
 
-    def training(self, features: tuple[torch.Tensor, ...], loss: Judged) -> None:
-        """The loss, the gradients, what else changes, and the random numbers drawn are to be those of the whole model."""
+    def training(self, features: tuple[torch.Tensor, ...], loss: Judged) -> bool:
+        """The loss, the gradients, what else changes, and the random numbers drawn are to be those of the whole model; whether loss and
+        gradients are so to the bit. A gradient that is 0 says nothing.
+        """
         state = self.randomness.take()
         whole, ours = (
             _step(self.model, loss, f, self.randomness, state)
@@ -290,6 +296,11 @@ class _Checks:
             raise CannotSplit(
                 f"other random numbers are drawn when the model is cut behind {self.after}: its forward draws some of its own"
             )
+        found = [g for g in whole.gradients.values() if g is not None]
+        return (
+            all(bool(g.to_dense().any()) for g in found)
+            and _same([whole.loss, *found], [ours.loss, *(g for g in ours.gradients.values() if g is not None)])
+        )  # fmt: skip
 
     def _another_gradient(self, whole: _Step, ours: _Step, moved: Gradients | None = None) -> str:
         """The first parameter whose gradient is another, "" for none; `moved` are those of shaken features."""
@@ -307,9 +318,12 @@ def _ends(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat([t[-1:], t[:1]]) for t in tensors]
 
 
-def _same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    """Whether these are the same bits."""
-    return len(some) == len(others) and all(map(same_bits, some, others))
+def _same(some: list[Any], others: list[Any]) -> bool:
+    """Whether all tensors in these are the same bits."""
+    pairs = zip(some, others, strict=False)
+    return len(some) == len(others) and all(
+        same_bits(one, other) for one, other in pairs if isinstance(one, torch.Tensor)
+    )
 
 
 @dataclass(frozen=True)
