@@ -19,7 +19,7 @@ from lehr.run.facts import named, unwrap
 from lehr.run.pinning import pin_of
 from lehr.run.prefix.cuts import Call, CannotSplit, CannotTrace, Crossing, Cut, choose
 from lehr.run.prefix.cutting import Place, places
-from lehr.run.prefix.folding import folded, piece_of
+from lehr.run.prefix.folding import faster, piece_of
 from lehr.run.prefix.forms import Form, checked_form
 from lehr.run.prefix.halving import Parts, Prefix, Suffix, halve
 from lehr.run.prefix.pureness import Source, below, purity
@@ -88,19 +88,19 @@ class Halves:
 
     def fast(self) -> Halves:
         """The same with a prefix that may round differently: batch-norm folded into convolutions, channels
-        last, on a CPU a few samples at a time.
+        last, linear layers by oneDNN, on a CPU a few samples at a time.
 
         Where there is nothing to gain these halves themselves are given.
         """
         try:
             with torch.no_grad():
-                faster = folded(self._first)
-                piece = piece_of(faster or self._first)
+                first = faster(self._first)
+                piece = piece_of(first or self._first)
         except Exception:  # without it all is as well, only slower
             return self
-        if faster is None:
+        if first is None:
             return replace(self, piece=piece) if piece else self
-        return replace(self, exact=self, piece=piece, _first=faster)
+        return replace(self, exact=self, piece=piece, _first=first)
 
 
 @dataclass(frozen=True)

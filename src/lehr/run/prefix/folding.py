@@ -1,4 +1,5 @@
-"""A prefix made faster for its one pass over the data: batch-norm folded into convolutions, images laid out channels last.
+"""A prefix made faster for its one pass over the data: batch-norm folded into convolutions, images laid out channels last,
+linear layers by oneDNN.
 
 It computes the same up to rounding. The model's own modules stay as they are; weights are copied where they are folded or
 laid out anew, and folded only where that spares a pass over more than it copies. It must not know how a prefix was found.
@@ -15,6 +16,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lehr.run.prefix.halving import SEEN, Prefix
+from lehr.run.prefix.linear import by_onednn
 from lehr.run.prefix.seen import filled, tensors_of
 
 _LARGE, _SHARE = 100_000, 0.1
@@ -42,28 +44,37 @@ def piece_of(first: Prefix) -> int:
     return -(-_PIECE * torch.get_num_threads() // max(1, largest))
 
 
-def folded(first: Prefix) -> Prefix | None:
+def faster(first: Prefix) -> Prefix | None:
     """The faster prefix; None where there is nothing to gain.
 
-    >>> folded(Prefix(fx.GraphModule({}, fx.Graph()), (), frozenset(), ())) is None
+    >>> faster(Prefix(fx.GraphModule({}, fx.Graph()), (), frozenset(), ())) is None
     True
     """
-    modules = _modules(first.module).values()
-    convolutions = [m for m in modules if _is_convolution(m)]
-    size = sum(m.weight.numel() for m in convolutions)
-    if first.written or size < max(_LARGE, _SHARE * sum(p.numel() for m in modules for p in m.parameters())):
+    if first.written:
         return None
     graph = fx.Graph()
     graph.output(graph.graph_copy(first.module.graph, copied := {}))  # type: ignore[var-annotated]
     root = {str(n.target): _held(first.module, n) for n in copied if n.op in ("get_attr", "call_module")}
+    if not (_with_faster_convolutions(graph, root) | (by_onednn(graph, root) > 0)):
+        return None
+    graph.lint()
+    return replace(first, module=fx.GraphModule(root, graph))
+
+
+def _with_faster_convolutions(graph: fx.Graph, root: dict[str, Any]) -> bool:
+    """Fold and lay out the convolutions of a graph, if there are many; whether anything has changed."""
+    modules: list[Any] = [module for module in root.values() if isinstance(module, nn.Module)]
+    convolutions = [m for m in modules if _is_convolution(m)]
+    size = sum(m.weight.numel() for m in convolutions)
+    if size < max(_LARGE, _SHARE * sum(p.numel() for m in modules for p in m.parameters())):
+        return False
     laid = all(_is_laid_out(m.weight) for m in convolutions if m.weight.shape[2:] != (1, 1))
     lays_out = _lays_out(convolutions)
     if not _fold(graph, root) and (laid or not lays_out):
-        return None
+        return False
     if lays_out:
         _lay_out(graph, root, keep=laid)
-    graph.lint()
-    return replace(first, module=fx.GraphModule(root, graph))
+    return True
 
 
 def _fold(graph: fx.Graph, root: dict[str, Any]) -> int:
@@ -210,10 +221,6 @@ def _copied(module: nn.Conv2d, tensors: dict[str, torch.Tensor | None]) -> nn.Co
 
 def _double(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().double()
-
-
-def _modules(module: fx.GraphModule) -> dict[str, Any]:
-    return {str(n.target): _held(module, n) for n in module.graph.nodes if n.op == "call_module"}
 
 
 def _held(module: fx.GraphModule, node: fx.Node) -> Any:
