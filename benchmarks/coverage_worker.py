@@ -93,7 +93,7 @@ def _way(made: Case, thawed: str, names: frozenset[str], mode: str) -> dict[str,
         "route": analysis.route,
         "stilled": analysis.stilled,
         "cuts": len(analysis.cuts),
-        "folded": fast is not halves,
+        "folded": fast.exact is not None,
     }
     record["alone"] = _alone(halves, call)
     record |= {"off": _off(model, halves, call, mode), "off_fast": _rounded(halves, fast, call)}

@@ -78,6 +78,12 @@ def test_other_weights_cuts_and_types_find_nothing(tmp_path: Path, other: dict[s
     assert computed(found) >= 24
 
 
+def test_features_that_may_round_otherwise_are_not_the_exact_ones(tmp_path: Path) -> None:
+    """A run that asks for the model's own bits finds nothing of one that did not, also where that had nothing to fold."""
+    again(tmp_path, cache_exact=False)
+    assert computed(again(tmp_path)) == 24
+
+
 def ran_with(folder: Path, trained: Any, said: dict[str, Any]) -> Ran:
     return ran(recipe(trained, **EXACT, **said), valid=None, cache_dir=folder)
 

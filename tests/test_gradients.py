@@ -52,3 +52,15 @@ def test_shaken_features() -> None:
     torch.testing.assert_close(shaken(feature), feature, rtol=1e-6, atol=0)
     assert torch.equal(shaken(torch.arange(5)), torch.arange(5))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_of_several_pieces(dtype: torch.dtype) -> None:
+    """One number of a large gradient that is another shows, wherever it stands; the gradients themselves stay as they are."""
+    one = torch.ones(3 << 18, dtype=dtype)
+    for place in (0, 1 << 18, -1):
+        other = one.clone()
+        other[place] = 1000
+        assert apart({"a": one}, {"a": other})["a"] == pytest.approx(999 / one.numel() ** 0.5)
+        assert other.sum() == one.numel() + 999
+    assert bool((one == 1).all())

@@ -90,6 +90,60 @@ def test_layers_that_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert halves_of(Network(), CALL, "head").fast().exact is None
 
 
+BIASES = {
+    "strided": lambda: torch.randn(4096)[::2],
+    "one number, expanded": lambda: torch.randn(1).expand(2048),
+    "another type": lambda: torch.randn(2048).double(),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+def test_a_bias_that_the_operator_would_misread(kind: str) -> None:
+    """It is given a pointer: a layer whose bias does not lie there number by number stays as it is."""
+    layer = nn.Linear(64, 2048)
+    layer.bias = nn.Parameter(BIASES[kind](), requires_grad=False)
+    assert not linear._is_plain(layer)
+    assert linear._is_plain(nn.Linear(64, 2048))
+
+
+def test_a_bias_of_one_number() -> None:
+    """torch adds it to all; the operator would not."""
+
+    class One(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Parameter(torch.randn(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(nn.functional.linear(x, self.wide.weight, self.one).mean(1)[:, :64])
+
+    model = One()
+    fast = halves_of(model, CALL, "head").fast()
+    assert _layers(fast) == ["Linear"]
+    proved(model, fast, CALL)
+
+
+def test_what_else_keeps_a_layer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward of the person's own on the layer itself, and oneDNN switched off."""
+    layer = nn.Linear(64, 2048)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    assert not linear._is_plain(layer)
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    assert halves_of(Network(), CALL, "head").fast().exact is None
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [torch.randn(5, 64, 7).transpose(1, 2), torch.randn(5, 7, 128)[..., ::2], torch.randn(5, 1, 64).expand(5, 7, 64)],
+    ids=["transposed", "strided", "expanded"],
+)  # fmt: skip
+def test_inputs_in_any_order(inputs: torch.Tensor) -> None:
+    """Inputs may lie in memory as they like."""
+    layer = nn.Linear(64, 2048)
+    ours = linear._product(inputs, layer.weight, layer.bias)
+    torch.testing.assert_close(ours, layer(inputs), rtol=1e-4, atol=1e-5)
+
+
 def test_a_wrong_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the library compute something else, the proof sees it."""
     own = linear._product

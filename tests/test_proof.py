@@ -53,18 +53,59 @@ def test_right_halves_pass(training: bool) -> None:
 
 
 def test_what_a_look_costs() -> None:
-    """The frozen part is run on the batch twice, once as the model does, and on three samples besides: on more only where halves
-    give other bits than the model.
+    """Beside the batch's features, which are of use, the frozen part is run on the batch once, as the model does, and on eight
+    samples.
     """
     model, halves, call = made()
     rows: list[int] = []
     model.body[0].register_forward_pre_hook(lambda _, x: rows.append(len(x[0])))
     proved(model, halves, call)
-    assert rows == [5, 2, 1, 5]
-    rows.clear()
-    own = halves._second.module.forward
-    proved(model, with_suffix(halves, lambda size, f: [own(size, f)[0] * (1 + 1e-6)]), call)
-    assert rows == [5, 2, 1, 5, 2, 2]
+    assert rows == [2, 2, 5, 3, 1, 5]
+
+
+@pytest.mark.parametrize("count", [5, 8, 32])
+def test_a_mixing_that_leaves_the_ends_alone_is_refused(count: int) -> None:
+    """Samples that see their neighbours, where there are two on either side, are seen by the one in the middle."""
+
+    def mixing(x: torch.Tensor) -> Any:
+        seen = model.body(x)
+        mixed = seen.clone()
+        mixed[2:-2] = seen[2:-2] + 0.3 * (seen[1:-3] + seen[3:-1]) if len(x) > 4 else seen[2:-2]
+        return [mixed], ()
+
+    model, halves, _ = made()
+    with pytest.raises(CannotSplit, match="depend on the samples beside it"):
+        proved(model, with_prefix(halves, mixing), Call((torch.randn(count, 6),), {}))
+
+
+def test_gradients_of_few_rows() -> None:
+    """An embedding whose gradients are sparse trains behind the cut."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.table = nn.Linear(6, 8), nn.Embedding(10, 8, sparse=True)
+
+        def forward(self, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+            return self.body(x) * self.table(n)
+
+    model, call = Tokens(), Call((torch.randn(5, 6), torch.arange(5)), {})
+    proved(model, halves_of(model, call, "table"), call)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_model_that_changes_its_inputs(autocast: bool) -> None:
+    """A forward pass that normalises its inputs in place gives the same once more: each look has inputs of its own."""
+
+    class InPlace(Network):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.sub_(0.5).div_(0.25))
+
+    model, call = InPlace(), Call((torch.randn(5, 6),), {})
+    given = call.args[0].clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        proved(model, halves_of(model, call, "head"), call)
+    assert torch.equal(call.args[0], given)
 
 
 Module = Callable[..., Any]

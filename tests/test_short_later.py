@@ -263,5 +263,5 @@ def test_memory_is_given_back_while_a_cache_fills(monkeypatch: pytest.MonkeyPatc
     )
     ran(recipe(length="3 epochs"), valid=None)
     looking = told.index("spared")
-    assert told[looking : looking + 4] == ["spared", "keeping"] * 2
-    assert told[looking + 4 :] == ["allowed"] * 2 * 3 + ["held"] * 2 * 3
+    assert told[looking : looking + 2] == ["spared", "keeping"]
+    assert told[looking + 2 :] == ["allowed"] * 2 * 3 + ["held"] * 2 * 3

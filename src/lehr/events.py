@@ -276,8 +276,8 @@ class PrefixCached:
 
     The model is cut after `after`, as the self-check has allowed; before it lies `share` of the arithmetic of a forward
     pass. A sample takes `bytes` bytes, and `rows` of the `wanted` rows (samples times views) are kept in `place`. `route`
-    is how the model was read ("fx" or "export"); `folded` says that the prefix is computed in a faster form, which may
-    round differently.
+    is how the model was read ("fx" or "export"); `folded` says that the prefix is computed in a faster form, or a few samples at
+    a time, and may round differently.
     """
 
     stage: int

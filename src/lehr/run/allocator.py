@@ -23,7 +23,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_TRIM_THRESHOLD and
 _NEVER = 2**31 - 1  # bytes that may lie free at the top of the heap: a C int
 _FETCHING = 2.9e-6
 """Seconds to fetch a page again that was given back (200 MiB in a virtual machine, n = 8: 2.6 to 3.3 us)."""
-_SHARE = 0.02
+_SHARE = 0.05
 """Of the time, what may go into giving pages back and fetching them again."""
 _KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER}
 _SPARING = {_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 1 << 17, _TRIM_THRESHOLD: 1 << 17}  # glibc's first settings
@@ -81,7 +81,7 @@ class Ceiling:
     """Resident memory held near where it has been: what lies free is given back in steps that count (`allow`), and in others
     where there is more than in those (`hold`). For blocks are seldom found again in the holes that they have left (glibc below 2.38).
 
-    Pages that were given back are fetched again. No more than some 2 % of the time goes into both: where steps are short, memory is
+    Pages that were given back are fetched again. No more than some 5 % of the time goes into both: where steps are short, memory is
     given back once in several. Does nothing but for work on a CPU whose allocator was told to keep blocks.
     """
 

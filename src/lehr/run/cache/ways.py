@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lehr.free_room import size_text
-from lehr.run.allocator import sparing
+from lehr.run.allocator import give_back, sparing
 from lehr.run.batches import leaves
 from lehr.run.cache.calling import Calling, StandIn, calling
 from lehr.run.cache.store import Column
@@ -108,6 +108,7 @@ class Way:
         return Halfway(tuple(kept[:count]), self.calling.without_inputs(kept[count:], kept[0]), slots)
 
 
+@sparing()
 def find_way(
     model: nn.Module, loss: Loss, batch: Any, *, trained: frozenset[str], wanted: Wanted, on: Arithmetic
 ) -> tuple[Way, list[torch.Tensor]]:
@@ -120,13 +121,14 @@ def find_way(
     _refuse_parallel(model)
     refuse_sparse(unwrap(model))
     with _as_it_was(model, loss, on), without_compiling(model), on.autocast():
-        with sparing(), unmoved(unwrap(model)):
+        with unmoved(unwrap(model)):
             seen = calling(model, loss, batch)
             with undone(unwrap(model)):
                 work = _work(model, seen.call(part(batch, 1)))
                 if not wanted.required and work * wanted.rows * wanted.passes < LEAST_WORK:
                     raise TooLittle(_TOO_LITTLE)
                 analysis = analyse(model, seen.call(part(batch, _LOOKED_AT)), trained=trained)
+        give_back()  # small blocks, too
         beside = sum(leaves(batch)[n][:1].nbytes for n in seen.kept)
         cut, narrow, rows = _chosen(analysis.cuts, wanted, beside)
         if cut.share < LEAST_SHARE and not wanted.required:
@@ -141,7 +143,7 @@ def find_way(
     columns = tuple(Column.like(t, narrow if n < len(features) else None) for n, t in enumerate(kept))
     forms = tuple((tuple(t.shape[1:]), t.dtype) for t in leaves(batch))
     way = Way(
-        wanted, proved, seen, columns, forms, rows, analysis.route, analysis.stilled, work, folded=proved.exact is not None
+        wanted, proved, seen, columns, forms, rows, analysis.route, analysis.stilled, work, folded=proved is not halves
     )  # fmt: skip
     return way, kept
 

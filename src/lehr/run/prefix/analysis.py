@@ -90,7 +90,7 @@ class Halves:
         """The same with a prefix that may round differently: batch-norm folded into convolutions, channels
         last, linear layers by oneDNN, on a CPU a few samples at a time.
 
-        Where there is nothing to gain these halves themselves are given.
+        Where there is nothing to gain the prefix stays what it is.
         """
         try:
             with torch.no_grad():

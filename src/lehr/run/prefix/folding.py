@@ -55,7 +55,7 @@ def faster(first: Prefix) -> Prefix | None:
     graph = fx.Graph()
     graph.output(graph.graph_copy(first.module.graph, copied := {}))  # type: ignore[var-annotated]
     root = {str(n.target): _held(first.module, n) for n in copied if n.op in ("get_attr", "call_module")}
-    if not (_with_faster_convolutions(graph, root) | (by_onednn(graph, root) > 0)):
+    if not (_with_faster_convolutions(graph, root) | by_onednn(graph, root)):
         return None
     graph.lint()
     return replace(first, module=fx.GraphModule(root, graph))

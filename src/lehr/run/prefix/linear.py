@@ -18,14 +18,11 @@ _LARGE = 100_000
 _FUNCTIONS = (functional.linear, torch.ops.aten.linear.default)
 
 
-def by_onednn(graph: fx.Graph, root: dict[str, Any]) -> int:
-    """Have the linear layers of a graph computed by oneDNN, where that is faster; how many there are.
-
-    Takes 0.80 to 0.92 of MKL's time in 12 of 14 measurements on an EPYC with AVX-512, in fp32 (docs/speed.md).
-    """
+def by_onednn(graph: fx.Graph, root: dict[str, Any]) -> bool:
+    """Have the linear layers of a graph computed by oneDNN, where that is faster; whether there are any (docs/speed.md)."""
     if not _is_faster():
-        return 0
-    count = 0
+        return False
+    found = False
     for node in graph.nodes:
         if node.op == "call_module" and _is_plain(layer := root[str(node.target)]):
             root[str(node.target)] = _ByOneDnn(layer)
@@ -33,8 +30,8 @@ def by_onednn(graph: fx.Graph, root: dict[str, Any]) -> int:
             node.target = _product
         else:
             continue
-        count += 1
-    return count
+        found = True
+    return found
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,6 +57,8 @@ def _is_faster() -> bool:
     libraries: tuple[Any, ...] = (torch.backends.mkl, torch.backends.mkldnn)
     return (
         all(library.is_available() for library in libraries)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch._C._get_mkldnn_enabled()
         and _is_amd()
         and not torch.is_autocast_enabled("cpu")
     )
@@ -77,21 +76,30 @@ def _is_plain(module: Any) -> bool:
     """A layer that is a product and nothing else, and that nothing else looks at."""
     return (
         type(module) is nn.Linear
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and _is_large(module.weight)
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
         and type(module.weight) is nn.Parameter
+        and _are_fit(module.weight, module.bias)
     )
 
 
 def _is_on_weights(node: fx.Node, root: dict[str, Any]) -> bool:
-    weight = node.args[1] if len(node.args) > 1 and not node.kwargs else None
-    return isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_large(root[str(weight.target)])
+    """Whether a product is one with weights, and a bias, of the model's."""
+    held = [
+        root[str(n.target)] if isinstance(n, fx.Node) and n.op == "get_attr" else n for n in node.args[1:]
+    ]
+    return not node.kwargs and len(held) in (1, 2) and _are_fit(*held)
 
 
-def _is_large(weight: Any) -> bool:
+def _are_fit(weight: Any, bias: Any = None) -> bool:
+    """Whether the operator computes with these what torch does: it takes a bias for numbers that lie side by side, one for each row."""
+    if not _is_plain_tensor(weight) or weight.numel() < _LARGE:
+        return False
+    return bias is None or bool(
+        _is_plain_tensor(bias) and bias.is_contiguous() and bias.shape == weight.shape[:1]
+    )
+
+
+def _is_plain_tensor(tensor: Any) -> bool:
     return bool(
-        isinstance(weight, torch.Tensor)
-        and weight.numel() >= _LARGE
-        and weight.dtype is torch.float32
-        and weight.device.type == "cpu"
+        isinstance(tensor, torch.Tensor) and tensor.dtype is torch.float32 and tensor.device.type == "cpu"
     )

@@ -6,7 +6,7 @@ It must not know how the halves were made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lehr.run.allocator import sparing
 from lehr.run.facts import named, unwrap
 from lehr.run.memory import is_out_of_memory
 from lehr.run.prefix.analysis import Halves
@@ -61,7 +60,7 @@ def prove(
     own = unwrap(model)
     form, tensors = Form.of(call.args, call.kwargs)
     device = tensors[0].device
-    checks = _Checks(model, halves, form, tensors, Randomness(device), tolerance(device))
+    checks = _Checks(model, halves, form, tensors, loss, Randomness(device), tolerance(device))
     with ExitStack() as kept:
         for one in (
             state_kept(own, device),
@@ -72,11 +71,11 @@ def prove(
             kept.enter_context(one)
         torch.clear_autocast_cache()
         try:
+            checks.again()
             features = checks.features(tensors)
             checks.stored(features, store)
-            with sparing():
-                checks.samples(features)
-                checks.goes_on(features, loss)
+            checks.samples(features)
+            checks.goes_on(features)
             return features
         except CannotSplit:
             raise
@@ -88,6 +87,8 @@ def prove(
             torch.clear_autocast_cache()
 
 
+_PAIR = 2
+"""Samples that the whole model is run on again."""
 _CLOSER = 0.1
 """The faster form of a prefix is to be that much nearer: it is one convolution's rounding, and nothing behind it."""
 
@@ -100,18 +101,33 @@ class _Checks:
     halves: Halves
     form: Form
     tensors: list[torch.Tensor]
+    loss: Judged | None
     randomness: Randomness
     near: Tolerance
 
-    @cached_property
-    def pair(self) -> list[torch.Tensor]:
-        """The last sample and the first, in this order; they are two also where the batch has one."""
-        return _ends(at_least(self.tensors, 2))
+    def again(self) -> None:
+        """The model is to give the same once more, with the same random numbers: to the bit, on a CPU. Elsewhere sums may be
+        taken in another order each time.
+        """
+        if self.randomness.device.type != "cpu":
+            return
+        tensors = [t[:_PAIR] for t in at_least(self.tensors, _PAIR)]
+        once, twice = self._run(tensors), self._run(tensors)
+        if not all(map(same_bits, once, twice)):
+            raise CannotSplit(
+                "the model gives something else when it is run again on the same samples with the same random numbers, so it "
+                "draws some from a generator of its own; put the layers that do it in eval mode"
+            )
 
-    @cached_property
-    def exact_pair(self) -> tuple[torch.Tensor, ...]:
-        """The exact features of the pair, in the arithmetic that is on."""
-        return self._exact(self.pair)
+    def _run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors that the model returns, which is afterwards as before."""
+        own = unwrap(self.model)
+        args, kwargs = self.form.call([t.clone() for t in tensors])
+        with (
+            state_kept(own, self.randomness.device), attributes_kept(own), without_compiling(own), torch.no_grad()
+        ):  # fmt: skip
+            returned = pytree.tree_leaves(own(*args, **kwargs))
+        return [leaf for leaf in returned if isinstance(leaf, torch.Tensor)]
 
     def features(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the prefix gives, which is to change nothing by the way."""
@@ -140,42 +156,42 @@ class _Checks:
         rounding of the exact ones. In full precision, where the model runs in it: what depends on what shows there best.
         """
         if self.is_full:
-            self._samples(features, self.exact_pair, self.near)
+            self._samples(features, self.near)
             return
         device = self.randomness.device
         try:
             with full_precision(device):
-                self._samples(self.features(self.tensors), self._exact(self.pair), tolerance(device))
+                self._samples(self.features(self.tensors), tolerance(device))
         except CannotSplit:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self._samples(features, self.exact_pair, self.near)  # half precision may not run without autocast
+            self._samples(features, self.near)  # weights of half precision may not run without autocast
 
-    def _samples(
-        self, features: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...], within: Tolerance
-    ) -> None:
-        """The same for these features, and the `exact` ones of the pair."""
-        pair = self.features(self.pair) if self.halves.exact else exact
-        if len(features[0]) > 1:
-            self._same_features(_ends(features), pair, "its batch is of another size or order", within)
-        else:
-            self._same_features(features, [f[1:] for f in pair], "its batch is larger", within)
-        alone = self.features([t[:1] for t in self.pair])
-        self._same_features([f[:1] for f in pair], alone, "it is alone", within)
-        self._same_rounding(exact, pair, within)
+    def _samples(self, features: tuple[torch.Tensor, ...], within: Tolerance) -> None:
+        count = len(features[0])
+        picked = torch.tensor(sorted({count - 1, count // 2, 0}, reverse=True))
+        tensors = _rows(self.tensors, picked)
+        few = self.features(tensors)
+        self._same_features(_rows(features, picked), few, "its batch is of another size or order", within)
+        alone = self.features([t[:1] for t in tensors])
+        self._same_features([f[:1] for f in few], alone, "it is alone", within)
+        if count == 1:
+            larger = self.features(at_least(self.tensors, 2))
+            self._same_features(features, [f[:1] for f in larger], "its batch is larger", within)
+        if self.halves.exact is not None:
+            self._same_rounding(self._exact(self.halves.exact, tensors), few, _closer(within))
 
-    def _exact(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The exact features, of which those of a faster form are to be a rounding."""
+    def _exact(self, exact: Halves, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The `exact` features, of which those of the faster form are to be a rounding."""
         args, kwargs = self.form.call(tensors)
-        return (self.halves.exact or self.halves).prefix(*args, **kwargs)
+        return exact.prefix(*args, **kwargs)
 
     def _same_rounding(
         self, exact: Iterable[torch.Tensor], features: Iterable[torch.Tensor], within: Tolerance
     ) -> None:
-        closer = within._replace(whole=within.whole * _CLOSER)
-        if not all(near(one, other, closer) for one, other in zip(exact, features, strict=True)):
+        if not all(near(one, other, within) for one, other in zip(exact, features, strict=True)):
             raise CannotSplit(f"the faster form of the part up to {self.after} gives other features")
 
     def _same_features(
@@ -198,58 +214,28 @@ class _Checks:
                     'cache_dtype = "fp32" holds them'
                 )
 
-    def goes_on(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> None:
+    def goes_on(self, features: tuple[torch.Tensor, ...]) -> None:
         """The suffix is to go on as the model does: from these features, or where their rounding shows, from the exact ones."""
         try:
-            is_same = self.suffix(features, loss)
+            self.suffix(features)
         except CannotSplit:
-            self.again()
             if self.halves.exact is None:
                 raise
-            exact = self._exact(self.tensors)
-            self._same_rounding(exact, features, self.near)
-            self.suffix(exact, loss)
-        else:
-            if not is_same:
-                self.again()
+            exact = self._exact(self.halves.exact, self.tensors)
+            self._same_rounding(exact, features, _closer(self.near) if self.is_full else self.near)
+            self.suffix(exact)
 
-    def again(self) -> None:
-        """The model is to give the same once more, with the same random numbers: to the bit, on a CPU. Elsewhere sums may be
-        taken in another order each time. Halves that give the model's bits are once more as well.
-        """
-        if self.randomness.device.type != "cpu":
+    def suffix(self, features: tuple[torch.Tensor, ...]) -> None:
+        """The suffix is to go on from these features as the model does."""
+        if self.loss is not None and torch.is_grad_enabled():
+            self.training(features, self.loss)
             return
-        once = self._run(unwrap(self.model))
-        with suppress(Exception):  # what halves do with two samples alone is not asked of them
-            if _same(once, self._run(lambda *_, **__: self.halves.suffix(self.exact_pair))):
-                return
-        if not _same(once, self._run(unwrap(self.model))):
-            raise CannotSplit(
-                "the model gives something else when it is run again on the same samples with the same random numbers, so it "
-                "draws some from a generator of its own; put the layers that do it in eval mode"
-            )
+        self.outputs(features)
+        if self.loss is not None:
+            self._same_loss(self.loss(self.model), self.loss(lambda *_, **__: self.halves.suffix(features)))
 
-    def _run(self, called: Callable[..., Any]) -> list[torch.Tensor]:
-        """The tensors that are returned for the pair, by the model or what stands for it. The model is afterwards as before."""
-        own = unwrap(self.model)
-        args, kwargs = self.form.call(self.pair)
-        with (
-            state_kept(own, self.randomness.device), attributes_kept(own), without_compiling(own), torch.no_grad()
-        ):  # fmt: skip
-            returned = pytree.tree_leaves(called(*args, **kwargs))
-        return [leaf for leaf in returned if isinstance(leaf, torch.Tensor)]
-
-    def suffix(self, features: tuple[torch.Tensor, ...], loss: Judged | None) -> bool:
-        """The suffix is to go on from these features as the model does; whether it does so to the bit, as far as was looked."""
-        if loss is not None and torch.is_grad_enabled():
-            return self.training(features, loss)
-        is_same = self.outputs(features)
-        if loss is not None:
-            self._same_loss(loss(self.model), loss(lambda *_, **__: self.halves.suffix(features)))
-        return is_same
-
-    def outputs(self, features: tuple[torch.Tensor, ...]) -> bool:
-        """The suffix is to return what the model returns; whether it is that to the bit."""
+    def outputs(self, features: tuple[torch.Tensor, ...]) -> None:
+        """The suffix is to return what the model returns."""
         args, kwargs = self.form.call([t.clone() for t in self.tensors])
         state = self.randomness.take()
         with torch.no_grad():
@@ -260,7 +246,6 @@ class _Checks:
             raise CannotSplit(
                 f"the model cut behind {self.after} returns something else than the whole model"
             )
-        return _same(whole, ours)
 
     def _same_loss(self, whole: torch.Tensor, ours: torch.Tensor) -> None:
         if not near(whole, ours, self.near) and not abs(float(whole - ours)) <= _TINY:
@@ -268,15 +253,10 @@ class _Checks:
                 f"the loss is another when the model is cut behind {self.after} ({float(ours):.6g} for {float(whole):.6g})"
             )
 
-    def training(self, features: tuple[torch.Tensor, ...], loss: Judged) -> bool:
-        """The loss, the gradients, what else changes, and the random numbers drawn are to be those of the whole model; whether loss and
-        gradients are so to the bit. A gradient that is 0 says nothing.
-        """
-        state = self.randomness.take()
-        whole, ours = (
-            _step(self.model, loss, f, self.randomness, state)
-            for f in (self.model, lambda *_, **__: self.halves.suffix(features))
-        )
+    def training(self, features: tuple[torch.Tensor, ...], loss: Judged) -> None:
+        """The loss, the gradients, what else changes, and the random numbers drawn are to be those of the whole model."""
+        state, whole = self.whole
+        ours = _step(self.model, loss, lambda *_, **__: self.halves.suffix(features), self.randomness, state)
         self._same_loss(whole.loss, ours.loss)
         if self._another_gradient(whole, ours):
             moved = tuple(map(shaken, features))
@@ -294,11 +274,13 @@ class _Checks:
             raise CannotSplit(
                 f"other random numbers are drawn when the model is cut behind {self.after}: its forward draws some of its own"
             )
-        found = [g for g in whole.gradients.values() if g is not None]
-        return (
-            all(bool(g.to_dense().any()) for g in found)
-            and _same([whole.loss, *found], [ours.loss, *(g for g in ours.gradients.values() if g is not None)])
-        )  # fmt: skip
+
+    @cached_property
+    def whole(self) -> tuple[RandomState, _Step]:
+        """The random states before a step of the whole model, and the step."""
+        assert self.loss is not None
+        state = self.randomness.take()
+        return state, _step(self.model, self.loss, self.model, self.randomness, state)
 
     def _another_gradient(self, whole: _Step, ours: _Step, moved: Gradients | None = None) -> str:
         """The first parameter whose gradient is another, "" for none; `moved` are those of shaken features."""
@@ -311,17 +293,12 @@ class _Checks:
         return type(one) is type(other) and bool(one == other)
 
 
-def _ends(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The last row and the first."""
-    return [torch.cat([t[-1:], t[:1]]) for t in tensors]
+def _closer(within: Tolerance) -> Tolerance:
+    return within._replace(whole=within.whole * _CLOSER)
 
 
-def _same(some: list[Any], others: list[Any]) -> bool:
-    """Whether all tensors in these are the same bits."""
-    pairs = zip(some, others, strict=False)
-    return len(some) == len(others) and all(
-        same_bits(one, other) for one, other in pairs if isinstance(one, torch.Tensor)
-    )
+def _rows(tensors: Iterable[torch.Tensor], order: torch.Tensor) -> list[torch.Tensor]:
+    return [t[order.to(t.device)] for t in tensors]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lehr.run.untouched import kept_state, same_bits
 
 _PLAIN = (bool, int, float, str, type(None))
 _MODE = "training"
-_PIECE = 1 << 17
+_PIECE = 1 << 18
 
 
 @contextmanager
@@ -156,12 +156,11 @@ def refuse_sparse(model: nn.Module) -> None:
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums of what lies in its memory, piece by piece. It is read as the widest whole numbers, since others are copied to be summed."""
+    """Sums of what lies in its memory, read as whole numbers: piece by piece, since torch widens what it sums."""
     memory = tensor.untyped_storage()
-    count, rest = divmod(memory.nbytes(), 8)
-    words = torch.empty(0, dtype=torch.int64, device=tensor.device).set_(memory, 0, (count,), (1,))
-    last = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(memory, 8 * count, (rest,), (1,))
-    return torch.stack([piece.sum() for piece in (*torch.split(words, _PIECE), last)])
+    kind = torch.uint8 if memory.nbytes() % 4 else torch.int32
+    words = torch.empty(0, dtype=kind, device=tensor.device).set_(memory)
+    return torch.stack([piece.sum() for piece in torch.split(words, _PIECE)]) if len(words) else words
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

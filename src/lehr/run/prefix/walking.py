@@ -251,7 +251,7 @@ def _fold(a: torch.Tensor, b: torch.Tensor) -> int:
 
 def _are_even(a: torch.Tensor, b: torch.Tensor, fold: int) -> bool:
     """Whether the samples that both have are the same bits, as far as that can be told without a copy of them."""
-    return all(
+    return a.dtype == b.dtype and all(
         torch.equal(a[n * fold : (n + 1) * fold], b[other * fold : (other + 1) * fold])
         for n, other in enumerate(_SHARED.tolist())
     )
