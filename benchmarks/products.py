@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from lehr.run.prefix.linear import _product
+from lehr.run.prefix.linear import product
 from machine import machine
 
 SHAPES = [  # rows of the input, inside, outside
@@ -42,10 +42,10 @@ def main() -> None:
     for rows, inside, outside in SHAPES:
         x, weight, bias = torch.randn(*rows, inside), torch.randn(outside, inside), torch.randn(outside)
         own = functional.linear(x, weight, bias)
-        apart = float((_product(x, weight, bias) - own).norm() / own.norm())
+        apart = float((product(x, weight, bias) - own).norm() / own.norm())
         usual, other = _timed(
             lambda x=x, w=weight, b=bias: functional.linear(x, w, b),
-            lambda x=x, w=weight, b=bias: _product(x, w, b),
+            lambda x=x, w=weight, b=bias: product(x, w, b),
             asked.repeats,
         )
         where = " x ".join(map(str, rows))

@@ -53,7 +53,7 @@ def _layers(halves: Halves) -> list[str]:
             found.append(type(held).__name__)
         elif node.op == "call_function" and "linear" in str(node.target):
             found.append("Linear")
-        elif node.op == "call_function" and node.target is linear._product:
+        elif node.op == "call_function" and node.target is linear.product:
             found.append("_ByOneDnn")
     return found
 
@@ -106,20 +106,32 @@ def test_a_bias_that_the_operator_would_misread(kind: str) -> None:
     assert linear._is_plain(nn.Linear(64, 2048))
 
 
-def test_a_bias_of_one_number() -> None:
-    """torch adds it to all; the operator would not."""
+class Other(torch.Tensor):
+    """A tensor of a class of its own."""
 
-    class One(Network):
+
+def test_weights_that_the_operator_would_misread() -> None:
+    """Those of another class, whose numbers may lie elsewhere, and a vector."""
+    assert not linear._are_fit(torch.randn(2048, 64).as_subclass(Other))
+    assert not linear._are_fit(torch.randn(2048 * 64))
+    assert linear._are_fit(torch.randn(2048, 64))
+
+
+@pytest.mark.parametrize(("numbers", "by"), [(1, "Linear"), (2048, "_ByOneDnn")])
+def test_products_that_are_called_as_functions(numbers: int, by: str) -> None:
+    """They are computed by oneDNN, too; not with a bias of one number: torch adds it to all, the operator would not."""
+
+    class Function(Network):
         def __init__(self) -> None:
             super().__init__()
-            self.one = nn.Parameter(torch.randn(1))
+            self.bias = nn.Parameter(torch.randn(numbers))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(nn.functional.linear(x, self.wide.weight, self.one).mean(1)[:, :64])
+            return self.head(nn.functional.linear(x, self.wide.weight, self.bias).mean(1)[:, :64])
 
-    model = One()
+    model = Function()
     fast = halves_of(model, CALL, "head").fast()
-    assert _layers(fast) == ["Linear"]
+    assert _layers(fast) == [by]
     proved(model, fast, CALL)
 
 
@@ -140,14 +152,14 @@ def test_what_else_keeps_a_layer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> No
 def test_inputs_in_any_order(inputs: torch.Tensor) -> None:
     """Inputs may lie in memory as they like."""
     layer = nn.Linear(64, 2048)
-    ours = linear._product(inputs, layer.weight, layer.bias)
+    ours = linear.product(inputs, layer.weight, layer.bias)
     torch.testing.assert_close(ours, layer(inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrong_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Should the library compute something else, the proof sees it."""
-    own = linear._product
-    monkeypatch.setattr(linear, "_product", lambda *given: own(*given) * 1.01)
+    own = linear.product
+    monkeypatch.setattr(linear, "product", lambda *given: own(*given) * 1.01)
     model = Network()
     with pytest.raises(CannotSplit, match=r"the faster form .* gives other features"):
         proved(model, halves_of(model, CALL, "head").fast(), CALL)

@@ -27,14 +27,14 @@ def by_onednn(graph: fx.Graph, root: dict[str, Any]) -> bool:
         if node.op == "call_module" and _is_plain(layer := root[str(node.target)]):
             root[str(node.target)] = _ByOneDnn(layer)
         elif node.op == "call_function" and node.target in _FUNCTIONS and _is_on_weights(node, root):
-            node.target = _product
+            node.target = product
         else:
             continue
         found = True
     return found
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`functional.linear`, for its positional arguments."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
@@ -49,7 +49,7 @@ class _ByOneDnn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer makes of `x`."""
         (layer,) = self._held
-        return _product(x, layer.weight, layer.bias)
+        return product(x, layer.weight, layer.bias)
 
 
 def _is_faster() -> bool:
@@ -77,7 +77,6 @@ def _is_plain(module: Any) -> bool:
     return (
         type(module) is nn.Linear
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-        and type(module.weight) is nn.Parameter
         and _are_fit(module.weight, module.bias)
     )
 
@@ -92,7 +91,7 @@ def _is_on_weights(node: fx.Node, root: dict[str, Any]) -> bool:
 
 def _are_fit(weight: Any, bias: Any = None) -> bool:
     """Whether the operator computes with these what torch does: it takes a bias for numbers that lie side by side, one for each row."""
-    if not _is_plain_tensor(weight) or weight.numel() < _LARGE:
+    if not _is_plain_tensor(weight) or weight.ndim != 2 or weight.numel() < _LARGE:
         return False
     return bias is None or bool(
         _is_plain_tensor(bias) and bias.is_contiguous() and bias.shape == weight.shape[:1]
@@ -100,6 +99,9 @@ def _are_fit(weight: Any, bias: Any = None) -> bool:
 
 
 def _is_plain_tensor(tensor: Any) -> bool:
+    """Of torch's own classes: what another holds does not lie where a pointer to it says."""
     return bool(
-        isinstance(tensor, torch.Tensor) and tensor.dtype is torch.float32 and tensor.device.type == "cpu"
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.device.type == "cpu"
     )
