@@ -94,6 +94,23 @@ def test_a_gradient_in_another_layout_meets_its_own_weight() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("optimizer", ["adam", {"name": "adamw", "amsgrad": True}], ids=str)
+def test_weights_that_lie_channels_last_are_not_copied(optimizer: Any) -> None:
+    """The kernels work on the weights' own memory, in whatever order it is; weights and state keep their shapes."""
+    model = Net().to(memory_format=torch.channels_last)
+    own = made(model, optimizer)
+    assert is_fused(own)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    own.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        own.step()
+    assert "aten::clone" not in {event.key for event in profile.key_averages()}
+    assert not model.stem.weight.is_contiguous()
+    for parameter in model.parameters():
+        assert all(t.shape in (parameter.shape, ()) for t in own.state[parameter].values())
+
+
 def test_an_update_that_the_scaler_refuses_leaves_nothing_behind() -> None:
     """After a refused first update, fp16 training goes on as if it had never been tried."""
     weights = []

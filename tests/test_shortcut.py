@@ -69,6 +69,22 @@ def test_windows_and_averages_go_the_same_way(optimizer: Any, accumulate: int) -
     assert same(ran(recipe(**EXACT, **said)), ran(recipe(cache="off", **said)))
 
 
+def test_gradients_are_gone_before_a_batch_goes_through_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the update before are of no more use, and what they take is room for the pass; epochs that read keep them so long."""
+    model, held = net(), []
+    through = Shortcut._through
+
+    def looked(self: Shortcut, drawn: Drawn) -> Any:
+        held.append((bool(drawn.missing.any()), any(p.grad is not None for p in model.parameters())))
+        return through(self, drawn)
+
+    monkeypatch.setattr(Shortcut, "_through", looked)
+    ran(recipe(), model=model, valid=None)
+    assert (True, False) in held
+    assert (True, True) not in held
+    assert (False, True) in held
+
+
 def test_a_stage_that_follows_thaws_as_ever() -> None:
     """After the cached stage the whole model trains, with no trace of the cut left on it."""
     stages = [lehr.Stage("3 epochs", train="head", lr=0.02), lehr.Stage("2 epochs", train="all", lr=0.01)]

@@ -96,6 +96,10 @@ class Shortcut:
         self.clock.begin_epoch()
         draw = partial(self._drawn, stage, epoch)
         for window in self.feed.windows(stage, epoch, done, rewound, draw=draw):
+            if any(drawn.missing.any() for drawn, _ in window):
+                self._model.zero_grad(
+                    set_to_none=True
+                )  # of the update before: their room is enough for the pass
             yield [(self._through(drawn), size) for drawn, size in window]
 
     def sequential(self, batch_size: int) -> Iterator[Any]:

@@ -36,7 +36,8 @@ def apart(expected: Gradients, found: Gradients, shaken: Gradients | None = None
         >>> apart({"a": one, "b": 1e-8 * one, "c": one}, {"a": one, "b": zero, "c": None})
         {'b': 1.0, 'c': inf}
     """
-    size = math.hypot(*(_norm(g) for g in expected.values() if g is not None))
+    norms = {name: _norm(g) for name, g in expected.items() if g is not None}
+    size = math.hypot(*norms.values())
     shares: dict[str, float] = {}
     for name, one in expected.items():
         other, again = found[name], shaken[name] if shaken else None
@@ -44,7 +45,7 @@ def apart(expected: Gradients, found: Gradients, shaken: Gradients | None = None
             if one is not other:
                 shares[name] = math.inf
             continue
-        off, own = _norm(one, other), _norm(one)
+        off, own = _norm(one, other), norms[name]
         moved = _norm(other, again) if again is not None else 0.0
         allowed = max(_NOTHING * size, min(_TIMES * moved, _MOST * max(own, _PART * size)))
         if not off <= allowed:
@@ -61,12 +62,15 @@ def shaken(feature: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(tensor: torch.Tensor, other: torch.Tensor | None = None) -> float:
-    """The norm of a tensor's numbers, or of what it is apart from the `other`; piece by piece, since doubles take room."""
+    """The norm of a tensor's numbers, or of what it is apart from the `other`; piece by piece, in one buffer, since doubles
+    take room, and room takes time.
+    """
     pieces = [
         torch.split(t.detach().to_dense().reshape(-1), _PIECE) for t in (tensor, other) if t is not None
     ]
+    buffer = torch.empty(len(pieces[0][0]), dtype=torch.float64, device=tensor.device)
     squares = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for piece, *rest in zip(*pieces, strict=True):
-        numbers = piece.to(torch.float64, copy=True)
+        numbers = buffer[: len(piece)].copy_(piece)
         squares += (numbers.sub_(rest[0]) if rest else numbers).square_().sum()
     return math.sqrt(float(squares))

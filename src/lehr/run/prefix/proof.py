@@ -6,7 +6,7 @@ It must not know how the halves were made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -216,19 +216,19 @@ class _Checks:
 
     def goes_on(self, features: tuple[torch.Tensor, ...]) -> None:
         """The suffix is to go on as the model does: from these features, or where their rounding shows, from the exact ones."""
-        try:
-            self.suffix(features)
-        except CannotSplit:
-            if self.halves.exact is None:
-                raise
+        if self.halves.exact is not None:
+            with suppress(CannotSplit):
+                self.suffix(features, rounding=False)
+                return
             exact = self._exact(self.halves.exact, self.tensors)
             self._same_rounding(exact, features, _closer(self.near) if self.is_full else self.near)
-            self.suffix(exact)
+            features = exact
+        self.suffix(features)
 
-    def suffix(self, features: tuple[torch.Tensor, ...]) -> None:
-        """The suffix is to go on from these features as the model does."""
+    def suffix(self, features: tuple[torch.Tensor, ...], *, rounding: bool = True) -> None:
+        """The suffix is to go on from these features as the model does; `rounding` of theirs may show in a gradient."""
         if self.loss is not None and torch.is_grad_enabled():
-            self.training(features, self.loss)
+            self.training(features, self.loss, rounding)
             return
         self.outputs(features)
         if self.loss is not None:
@@ -253,18 +253,20 @@ class _Checks:
                 f"the loss is another when the model is cut behind {self.after} ({float(ours):.6g} for {float(whole):.6g})"
             )
 
-    def training(self, features: tuple[torch.Tensor, ...], loss: Judged) -> None:
+    def training(self, features: tuple[torch.Tensor, ...], loss: Judged, rounding: bool) -> None:
         """The loss, the gradients, what else changes, and the random numbers drawn are to be those of the whole model."""
         state, whole = self.whole
         ours = _step(self.model, loss, lambda *_, **__: self.halves.suffix(features), self.randomness, state)
         self._same_loss(whole.loss, ours.loss)
-        if self._another_gradient(whole, ours):
+        off = self._another_gradient(whole, ours)
+        if off and rounding:
             moved = tuple(map(shaken, features))
             again = _step(
                 self.model, loss, lambda *_, **__: self.halves.suffix(moved), self.randomness, state
             )
-            if off := self._another_gradient(whole, ours, again.gradients):
-                raise CannotSplit(f"{off} gets another gradient when the model is cut behind {self.after}")
+            off = self._another_gradient(whole, ours, again.gradients)
+        if off:
+            raise CannotSplit(f"{off} gets another gradient when the model is cut behind {self.after}")
         for name, buffer in whole.buffers.items():
             if name not in ours.buffers or not near(buffer, ours.buffers[name], self.near):
                 raise CannotSplit(
