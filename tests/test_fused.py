@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import lehr
 from lehr.recipe import Recipe, Stage
+from lehr.run.fused import keep_right
 
 OPTIMIZERS = (
     "adamw",
@@ -109,6 +112,57 @@ def test_weights_that_lie_channels_last_are_not_copied(optimizer: Any) -> None:
     assert not model.stem.weight.is_contiguous()
     for parameter in model.parameters():
         assert all(t.shape in (parameter.shape, ()) for t in own.state[parameter].values())
+
+
+def test_the_kernels_see_the_memory_of_each_weight() -> None:
+    """Weights of four and five dimensions, in one layout or another, come to the numbers that single operations come to."""
+    shapes = [(6, 4, 3, 3), (6, 4, 1, 1), (4, 3, 2, 2, 2), (5, 4), (4,)]
+    layouts = [torch.channels_last, torch.contiguous_format, torch.channels_last_3d]
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        for weight, layout in zip(weights[:3], layouts, strict=True):
+            weight.data = weight.data.contiguous(memory_format=layout)
+        optimizer = torch.optim.AdamW(weights, lr=0.1, amsgrad=True, fused=fused)
+        if fused:
+            keep_right(optimizer)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape)
+            optimizer.step()
+        found.append([weight.detach().clone() for weight in weights])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flag_among_the_lists_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW of torch 2.6 gives the method that gathers weights a flag between its lists."""
+    gather = torch.optim.AdamW._init_group
+
+    def with_flag(self: Any, group: Any, params: Any, grads: Any, amsgrad: bool, *lists: Any) -> Any:
+        assert amsgrad is False
+        return gather(self, group, params, grads, *lists)
+
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", with_flag)
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
+    optimizer: Any = torch.optim.AdamW([weight], fused=True)
+    keep_right(optimizer)
+    weight.grad, lists = torch.randn_like(weight), [[], [], False, [], [], [], []]
+    optimizer._init_group(optimizer.param_groups[0], *lists)
+    assert all(tensors[0].shape == (4, 2, 2, 3) for tensors in lists[:2] + lists[3:5])
+
+
+def test_an_optimizer_is_gone_with_its_last_user() -> None:
+    """Its state is twice the size of the weights, and waits for no garbage collector."""
+    optimizer = made(Net(), "adamw")
+    held = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_an_update_that_the_scaler_refuses_leaves_nothing_behind() -> None:

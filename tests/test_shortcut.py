@@ -85,6 +85,19 @@ def test_gradients_are_gone_before_a_batch_goes_through_the_prefix(monkeypatch: 
     assert (False, True) in held
 
 
+class Zeroing(Net):
+    """A model with a `zero_grad` of its own, which takes no arguments."""
+
+    def zero_grad(self) -> None:
+        """Do as the other does."""
+        super().zero_grad()
+
+
+def test_a_method_of_the_model_s_own_is_left_alone() -> None:
+    """Gradients go without it."""
+    assert ran(recipe(), model=net(Zeroing), valid=None).cached
+
+
 def test_a_stage_that_follows_thaws_as_ever() -> None:
     """After the cached stage the whole model trains, with no trace of the cut left on it."""
     stages = [lehr.Stage("3 epochs", train="head", lr=0.02), lehr.Stage("2 epochs", train="all", lr=0.01)]

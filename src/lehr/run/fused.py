@@ -7,6 +7,7 @@ over single operations; measured here, AdamW over the weights of a resnet18 take
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -89,13 +90,20 @@ def keep_right(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _show_in_order(optimizer: Any) -> None:
-    """Have the kernel get what lies channels last as views in the order of memory: what is computed number by number is the same."""
-    gather = optimizer._init_group
+    """Hand the kernels channels-last tensors as contiguous views of the same memory: an update number by number is the same.
 
-    def in_order(group: dict[str, Any], *lists: list[torch.Tensor]) -> Any:
-        found = gather(group, *lists)
-        for tensors in lists:
-            tensors[:] = map(_in_order, tensors)
+    It stands in for a method of torch's own (seen in 2.6 and 2.14). What that fills are lists; AdamW of 2.6 gives it a flag, too.
+    """
+    gather, held = (
+        type(optimizer)._init_group,
+        weakref.ref(optimizer),
+    )  # held by itself, it would outlive its run
+
+    def in_order(group: dict[str, Any], *given: Any) -> Any:
+        found = gather(held(), group, *given)
+        for tensors in given:
+            if isinstance(tensors, list):
+                tensors[:] = map(_in_order, tensors)
         return found
 
     optimizer._init_group = in_order

@@ -97,10 +97,13 @@ class Shortcut:
         draw = partial(self._drawn, stage, epoch)
         for window in self.feed.windows(stage, epoch, done, rewound, draw=draw):
             if any(drawn.missing.any() for drawn, _ in window):
-                self._model.zero_grad(
-                    set_to_none=True
-                )  # of the update before: their room is enough for the pass
+                self._drop_gradients()
             yield [(self._through(drawn), size) for drawn, size in window]
+
+    def _drop_gradients(self) -> None:
+        """Those of the last update go now and not with the next: a pass through the prefix can use their room."""
+        for parameter in self._model.parameters():
+            parameter.grad = None
 
     def sequential(self, batch_size: int) -> Iterator[Any]:
         """What `Feed.sequential` gives, halfway through the model where there is a short way."""

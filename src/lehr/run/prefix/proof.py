@@ -6,7 +6,7 @@ It must not know how the halves were made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -217,9 +217,11 @@ class _Checks:
     def goes_on(self, features: tuple[torch.Tensor, ...]) -> None:
         """The suffix is to go on as the model does: from these features, or where their rounding shows, from the exact ones."""
         if self.halves.exact is not None:
-            with suppress(CannotSplit):
+            try:
                 self.suffix(features, rounding=False)
                 return
+            except CannotSplit:
+                pass  # outside of the handler, which holds on to the gradients of the step that failed
             exact = self._exact(self.halves.exact, self.tensors)
             self._same_rounding(exact, features, _closer(self.near) if self.is_full else self.near)
             features = exact
