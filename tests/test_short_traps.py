@@ -12,6 +12,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lehr
+from lehr.run.batches import leaves
+from lehr.run.cache.calling import calling
 from short_runs import Net, close, images, net, ran, recipe, same
 
 
@@ -280,6 +282,19 @@ def test_a_loss_that_does_otherwise_for_some_samples(
     found = ran(recipe(["head", "blocks.1"], cache="auto", **said), **given)
     assert same(found, ran(recipe(["head", "blocks.1"], cache="off", **said), **given))
     assert says in found.notes
+
+
+def test_nothing_of_the_first_batch_is_held() -> None:
+    """What is known of a call are the arguments that no batch gives: the samples looked at first are not in memory for the stage."""
+    model, scale, batch = net(), torch.ones(()), (torch.randn(4, 3, 6, 6), torch.zeros(4, dtype=torch.long))
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]) * scale
+
+    found = calling(model, loss, batch)
+    assert found.taken == (0,)
+    assert not any(isinstance(leaf, torch.Tensor) for leaf in leaves((found.form, found.arguments)))
+    assert found.call(batch).args[0] is batch[0]
 
 
 def test_what_needs_no_values_of_the_inputs_may_be_asked() -> None:

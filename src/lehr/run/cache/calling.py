@@ -54,7 +54,7 @@ class Calling:
     """How the model is called on batches of one form.
 
     `form` is a batch whose leaves are left out; `arguments` are positional and keyword arguments, whose leaves are
-    `taken` from the batch's by number (the others, None, stand there themselves). The batch's leaves that only
+    `taken` from the batch's by number, and left out (the others, None, stand there themselves). The batch's leaves that only
     the model reads, and that are not kept, are `unread`: shape and type without the batch.
     """
 
@@ -68,6 +68,11 @@ class Calling:
     def kept(self) -> tuple[int, ...]:
         """The leaves of a batch that the loss function still gets as they are."""
         return tuple(number for number in range(self.count) if number not in self.unread)
+
+    @property
+    def own(self) -> list[Any]:
+        """The arguments that are of no batch."""
+        return [leaf for leaf, n in zip(leaves(self.arguments), self.taken, strict=True) if n is None]
 
     def call(self, batch: Any) -> Call:
         """The model's arguments for another batch."""
@@ -140,7 +145,8 @@ def calling(model: nn.Module, loss: Loss, batch: Any) -> Calling:
         if own[n].is_floating_point() or own[n][:1].nbytes > _KEPT
     }
     form = rebuilt(batch, [None] * len(own))
-    return Calling(form, seen, taken, unread, len(own))
+    others = [leaf if n is None else None for leaf, n in zip(given, taken, strict=True)]
+    return Calling(form, rebuilt(seen, others), taken, unread, len(own))
 
 
 class _SeenError(Exception):

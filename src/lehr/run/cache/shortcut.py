@@ -343,7 +343,7 @@ def settings_of(way: Way, terms: Terms) -> dict[str, object]:
         "lehr": __version__, "versions": versions, "threads": torch.get_num_threads(), "precision": terms.on.precision,
         "data": terms.data, "route": way.route, "folded": way.folded, "after": way.cut.after, "code": way.halves.code,
         "columns": way.columns, "calling": (way.calling.taken, way.calling.kept),
-        "arguments": [str(leaf) for leaf in leaves(way.calling.arguments) if not isinstance(leaf, torch.Tensor)],
+        "arguments": [str(leaf) for leaf in way.calling.own],
     }  # fmt: skip
 
 

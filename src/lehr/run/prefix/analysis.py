@@ -65,7 +65,7 @@ class Halves:
         form, tensors = Form.of(args, kwargs)
         if form != self.form:
             raise CannotSplit("the model is called in another way than on the batch that was looked at first")
-        pieces = [torch.split(t, self.piece or len(t)) for t in tensors]
+        pieces = [torch.chunk(t, -(-len(t) // (self.piece or len(t)))) for t in tensors]
         with torch.no_grad():
             features = [self._crossing(list(piece)) for piece in zip(*pieces, strict=True)]
             return features[0] if len(features) == 1 else tuple(map(torch.cat, zip(*features, strict=True)))

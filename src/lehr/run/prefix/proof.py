@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lehr.run.allocator import give_back
 from lehr.run.facts import named, unwrap
 from lehr.run.memory import is_out_of_memory
 from lehr.run.prefix.analysis import Halves
@@ -75,6 +76,7 @@ def prove(
             features = checks.features(tensors)
             checks.stored(features, store)
             checks.samples(features)
+            give_back()  # small blocks that lie between: the whole model needs the most
             checks.goes_on(features)
             return features
         except CannotSplit:
