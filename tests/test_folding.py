@@ -13,6 +13,7 @@ from torch import fx, nn
 from halving import assert_as_before, assert_same, halves_of, proved, state, with_suffix
 from lehr.run.prefix import folding
 from lehr.run.prefix.analysis import Call, CannotSplit, Halves
+from lehr.run.prefix.gradients import shaken
 
 
 @pytest.fixture(autouse=True)
@@ -120,10 +121,14 @@ def _pieces(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
 
 
 @pytest.mark.parametrize("is_folded", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 6, 8])
-def test_a_few_samples_at_a_time(rows: int, is_folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The faster prefix never has more than a piece of a batch in its hands, and gives the features of all, in order; also where
-    nothing is folded.
+@pytest.mark.parametrize(
+    ("rows", "pieces"), [(1, [1]), (3, [3]), (4, [2, 2]), (8, [3, 3, 2]), (10, [3, 3, 2, 2])]
+)
+def test_a_few_samples_at_a_time(
+    rows: int, pieces: list[int], is_folded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The faster prefix never has more than a piece of a batch in its hands, in pieces as even as can be, and gives the features
+    of all, in order; also where nothing is folded.
     """
     _pieces(monkeypatch, 3)
     if not is_folded:
@@ -134,7 +139,7 @@ def test_a_few_samples_at_a_time(rows: int, is_folded: bool, monkeypatch: pytest
     assert (fast.exact is not None) == is_folded
     model.stem[2].register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     (features,) = fast.prefix(images)
-    assert seen == [3] * (rows // 3) + [rows % 3] * (rows % 3 > 0)
+    assert seen == pieces
     seen.clear()
     (exact,) = halves.prefix(images)
     assert seen == [rows]
@@ -184,6 +189,27 @@ def test_rounding_that_shows_behind_the_cut() -> None:
         proved(model, touchy(lambda f: not torch.equal(f, exact)), CALL)
     with pytest.raises(CannotSplit, match="loss is another"):
         proved(model, touchy(lambda _: True), CALL)
+
+
+def test_what_rounding_does_is_asked_of_the_exact_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question takes a step of the suffix: where a gradient is another from the faster features, the exact ones come next."""
+    model, asked = Network(), list[torch.Tensor]()
+    halves = halves_of(model, CALL, "head")
+    (exact,), own = halves.prefix(*CALL.args), halves._second.module.forward
+    monkeypatch.setattr("lehr.run.prefix.proof.shaken", lambda f: [asked.append(f), shaken(f)][1])
+
+    def steep(is_off: Callable[[torch.Tensor], bool]) -> Halves:
+        def run(size: int, f: torch.Tensor) -> list[torch.Tensor]:
+            (out,) = own(size, f)
+            return [out + (out - out.detach()) * is_off(f)]
+
+        return with_suffix(halves.fast(), run)
+
+    proved(model, steep(lambda f: not torch.equal(f, exact)), CALL)
+    assert not asked
+    with pytest.raises(CannotSplit, match="gets another gradient"):
+        proved(model, steep(lambda _: True), CALL)
+    assert [torch.equal(f, exact) for f in asked] == [True]
 
 
 def test_layout_of_what_crosses() -> None:

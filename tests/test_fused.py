@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import weakref
 from typing import Any
 
@@ -142,7 +143,8 @@ def test_a_flag_among_the_lists_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
 
     def with_flag(self: Any, group: Any, params: Any, grads: Any, amsgrad: bool, *lists: Any) -> Any:
         assert amsgrad is False
-        return gather(self, group, params, grads, *lists)
+        flag = [amsgrad] if "amsgrad" in inspect.signature(gather).parameters else []
+        return gather(self, group, params, grads, *flag, *lists)
 
     monkeypatch.setattr(torch.optim.AdamW, "_init_group", with_flag)
     weight = nn.Parameter(torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))

@@ -286,15 +286,17 @@ def test_a_loss_that_does_otherwise_for_some_samples(
 
 def test_nothing_of_the_first_batch_is_held() -> None:
     """What is known of a call are the arguments that no batch gives: the samples looked at first are not in memory for the stage."""
-    model, scale, batch = net(), torch.ones(()), (torch.randn(4, 3, 6, 6), torch.zeros(4, dtype=torch.long))
+    batch = (torch.randn(4, 3, 6, 6), torch.zeros(4, dtype=torch.long))
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1]) * scale
+        return functional.cross_entropy(model(batch[0], None, more={"scale": 2.0}), batch[1])
 
-    found = calling(model, loss, batch)
-    assert found.taken == (0,)
+    found = calling(net(), loss, batch)
+    assert found.own == [None, 2.0]
     assert not any(isinstance(leaf, torch.Tensor) for leaf in leaves((found.form, found.arguments)))
-    assert found.call(batch).args[0] is batch[0]
+    call = found.call(batch)
+    assert call.args[0] is batch[0]
+    assert (call.args[1:], call.kwargs) == ((None,), {"more": {"scale": 2.0}})
 
 
 def test_what_needs_no_values_of_the_inputs_may_be_asked() -> None:

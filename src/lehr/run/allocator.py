@@ -8,6 +8,7 @@ process, not a run; it must not know models.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
 import sys
@@ -15,14 +16,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 TURNED_OFF_BY = "LEHR_MALLOC"
 """The environment variable that turns this off, as `LEHR_MALLOC=off`."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_TRIM_THRESHOLD and so on: malloc.h
 _NEVER = 2**31 - 1  # bytes that may lie free at the top of the heap: a C int
-_FETCHING = 2.9e-6
-"""Seconds to fetch a page again that was given back (200 MiB in a virtual machine, n = 8: 2.6 to 3.3 us)."""
+_PROBED = 2 << 20
+"""Bytes by which it is measured what a page costs that is fetched again (1.2 us in one virtual machine, 2.6 to 3.3 in another)."""
 _SHARE = 0.05
 """Of the time, what may go into giving pages back and fetching them again."""
 _KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER}
@@ -87,6 +89,7 @@ class Ceiling:
 
     def __init__(self, device: str) -> None:
         self._is_of_use = device == "cpu"
+        self._fetching = _fetching() if self._is_of_use else 0.0
         self._highest = 0
         self._not_before = 0.0
 
@@ -108,7 +111,23 @@ class Ceiling:
         began = time.monotonic()
         give_back()
         ended = time.monotonic()
-        self._not_before = ended + (ended - began + (now - _resident()) * _FETCHING) / _SHARE
+        self._not_before = ended + (ended - began + (now - _resident()) * self._fetching) / _SHARE
+
+
+@cache
+def _fetching() -> float:
+    """Seconds to fetch a page from the system: what filling new memory takes longer than filling it again; the least of three."""
+    times = []
+    for _ in range(3):
+        with mmap.mmap(-1, _PROBED) as memory:
+            block = (ctypes.c_char * _PROBED).from_buffer(memory)
+            began = time.perf_counter()
+            ctypes.memset(block, 1, _PROBED)
+            fetched = time.perf_counter()
+            ctypes.memset(block, 2, _PROBED)
+            times.append(2 * fetched - began - time.perf_counter())
+            del block
+    return max(0.0, min(times)) * mmap.PAGESIZE / _PROBED
 
 
 def _resident() -> int:

@@ -60,8 +60,8 @@ def keep_right(optimizer: torch.optim.Optimizer) -> None:
 
     The kernels on a CPU go by addresses: a gradient, or a momentum from before the weights were laid out anew, in another
     order of memory gives wrong weights without a word. So before each step these are laid out as their parameter is.
-    Of weights that lie channels last they make a copy first, which takes four times as long as the rest; so Adam's and
-    AdamW's kernels are shown the same memory as what it is to them, one number after the other.
+    Of weights that lie channels last they make a copy first, which takes longer than the rest; so Adam's and AdamW's kernels
+    are shown the same memory as what it is to them, one number after the other.
     And where a `GradScaler` refuses the first update, SGD keeps a momentum that nobody has written: it may not be asked.
     """
     if type(optimizer).__name__ == "SGD":
@@ -93,11 +93,10 @@ def _show_in_order(optimizer: Any) -> None:
     """Hand the kernels channels-last tensors as contiguous views of the same memory: an update number by number is the same.
 
     It stands in for a method of torch's own (seen in 2.6 and 2.14). What that fills are lists; AdamW of 2.6 gives it a flag, too.
+    Not for SGD and Adagrad: what they do with these lists afterwards goes by the weights.
     """
-    gather, held = (
-        type(optimizer)._init_group,
-        weakref.ref(optimizer),
-    )  # held by itself, it would outlive its run
+    gather = type(optimizer)._init_group
+    held = weakref.ref(optimizer)  # held by itself it would outlive its run
 
     def in_order(group: dict[str, Any], *given: Any) -> Any:
         found = gather(held(), group, *given)

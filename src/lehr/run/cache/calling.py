@@ -53,8 +53,8 @@ class StandIn:
 class Calling:
     """How the model is called on batches of one form.
 
-    `form` is a batch whose leaves are left out; `arguments` are positional and keyword arguments, whose leaves are
-    `taken` from the batch's by number, and left out (the others, None, stand there themselves). The batch's leaves that only
+    `form` is a batch whose leaves are left out. `arguments` are positional and keyword arguments; of their leaves those are left
+    out that are `taken` from the batch, by number, and the others stand there (None in `taken`). The batch's leaves that only
     the model reads, and that are not kept, are `unread`: shape and type without the batch.
     """
 

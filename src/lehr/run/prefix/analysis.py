@@ -42,7 +42,7 @@ class Halves:
     """A model as prefix and suffix, which run its own modules with its own parameters, in the modes these are in.
 
     `cut` is where; `code` is what both compute, as text; `reads` the parameters and buffers that decide the features.
-    `exact` are the halves of which these are the faster form, if they are one. The prefix takes `piece` samples at a time (0: all).
+    `exact` are the halves of which these are the faster form, if they are one. The prefix takes at most `piece` samples at a time (0: all).
     """
 
     cut: Cut
@@ -65,7 +65,8 @@ class Halves:
         form, tensors = Form.of(args, kwargs)
         if form != self.form:
             raise CannotSplit("the model is called in another way than on the batch that was looked at first")
-        pieces = [torch.chunk(t, -(-len(t) // (self.piece or len(t)))) for t in tensors]
+        count = -(-len(tensors[0]) // self.piece) if self.piece else 1
+        pieces = [torch.tensor_split(t, count) for t in tensors]  # none much smaller than another
         with torch.no_grad():
             features = [self._crossing(list(piece)) for piece in zip(*pieces, strict=True)]
             return features[0] if len(features) == 1 else tuple(map(torch.cat, zip(*features, strict=True)))

@@ -35,7 +35,7 @@ and 52, convnext_tiny 120 and 42, vit_small 33 and 20; in 1.1, 1.02, 0.99, 0.80 
 
 
 def piece_of(first: Prefix) -> int:
-    """How many samples the prefix takes at a time; 0: all."""
+    """How many samples the prefix takes at a time, at most; 0: all."""
     values = [node.meta[SEEN].value for node in first.module.graph.nodes if SEEN in node.meta]
     made = [t for value in values for t in tensors_of(value) if t.fold]
     if any(t.device.type != "cpu" for t in made):
