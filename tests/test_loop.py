@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import lehr
@@ -290,6 +291,22 @@ def test_validation_does_not_touch_the_training() -> None:
         runs.append(weights(model))
     assert same(runs[0], runs[1])
     assert same(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_a_batch_is_gone_when_the_next_one_trains(own_loader: bool) -> None:
+    """No batch but the one that trains is in memory at a step, of the loop's own and of a person's loader."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        held.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(batch[0]))
+        return functional.cross_entropy(model(batch[0]), batch[1])
+
+    given = DataLoader(data(), batch_size=5) if own_loader else Subset(data(), range(50))
+    lehr.fit(net(), given, recipe=one_stage("1 epoch", batch_size=5), loss=loss, device="cpu")
+    assert held == [0] * 10
 
 
 def test_a_lone_last_sample_joins_the_batch_before_it() -> None:

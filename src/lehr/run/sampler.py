@@ -311,6 +311,9 @@ def _of_tensors(
     chunk = max(1, min(_MOST, _CHUNK // max(1, a_batch)))
     for first in range(0, len(batches), chunk):
         some = batches[first : first + chunk]
+        if len(some) == 1:  # held by nobody but who has asked for it
+            yield [gathered(tensor, some[0], pin=pin) for tensor in source.tensors]
+            continue
         sizes = [len(batch) for batch in some]
         together = torch.cat(list(some))
         yield from (

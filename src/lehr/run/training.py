@@ -202,12 +202,17 @@ class Training:
         windows = self._windows(self.plan.stages[self.stage], start)
         while self.step < (end := min(stop, self.plan.stages[self.stage].stop)):
             plan, before = self.plan, self.step
-            for pair in zip(plan.steps(self.step, end, plan.stages[self.stage]), windows, strict=False):
-                yield pair
+            for step in plan.steps(self.step, end, plan.stages[self.stage]):
+                window = next(
+                    windows, None
+                )  # and not zip, which holds on to every other pair for a step more
+                if window is None:
+                    return
+                yield step, window
                 if self.plan is not plan:
                     break
             if self.step == before or self.plan is plan:
-                return  # the windows have run out
+                return
 
     def update(self, step: Step, window: Window, tell: Tell) -> torch.Tensor:
         """Make the step; in a layout that is tried, where one is."""

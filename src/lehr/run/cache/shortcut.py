@@ -98,7 +98,9 @@ class Shortcut:
         for window in self.feed.windows(stage, epoch, done, rewound, draw=draw):
             if any(drawn.missing.any() for drawn, _ in window):
                 self._drop_gradients()
-            yield [(self._through(drawn), size) for drawn, size in window]
+            halfway = [(self._through(drawn), size) for drawn, size in window]
+            window.clear()  # the samples themselves are of no more use, and large
+            yield halfway
 
     def _drop_gradients(self) -> None:
         """Those of the last update go now and not with the next: a pass through the prefix can use their room."""
@@ -169,9 +171,9 @@ class Shortcut:
         loaded = iter(self.feed.batches_of(wanted, view, self._watch) if wanted else ())
         for of_batch, m in zip(slots, missing, strict=True):
             began = self.clock.now()
-            batch = next(loaded) if m.any() else None
+            drawn = [Drawn(of_batch, m, next(loaded) if m.any() else None)]
             self.clock.loaded(since=began)
-            yield Drawn(of_batch, m, batch)
+            yield drawn.pop()
 
     def _theirs(self) -> Iterator[Drawn]:
         """The batches of a person's own loader; as indices alone when most are there already."""
