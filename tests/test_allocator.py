@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import subprocess
@@ -132,6 +133,15 @@ def test_memory_is_held_where_it_was() -> None:
     assert counted < 50
     assert above < 50
     assert min(uncounted, soon, below, elsewhere) > 150
+
+
+@glibc_alone
+def test_what_a_page_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quickest filling of new memory less the quickest of memory that is there, for a page; a pause in one of them does not count."""
+    ticks = iter([0, 5, 7, 10, 14, 24, 30, 36, 39])  # new memory takes 5, 4 and 6, and once more 2, 10 and 3
+    monkeypatch.setattr(allocator.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(allocator, "_PROBED", 16 * mmap.PAGESIZE)
+    assert allocator._fetching.__wrapped__() == (4 - 2) / 16
 
 
 @pytest.mark.skipif(not IS_GLIBC, reason="elsewhere another reason comes first")

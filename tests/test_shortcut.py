@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,19 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import lehr
 from lehr.errors import RecipeError
 from lehr.events import PrefixCached
 from lehr.run.cache import store as cache
+from lehr.run.cache.calling import StandIn
 from lehr.run.cache.shortcut import Drawn, Shortcut
 from short_runs import Net, Own, close, images, loader, net, ran, recipe, same
 
@@ -83,6 +91,41 @@ def test_gradients_are_gone_before_a_batch_goes_through_the_prefix(monkeypatch: 
     assert (True, False) in held
     assert (True, True) not in held
     assert (False, True) in held
+
+
+class Weighed(Dataset[Any]):
+    """Samples that are made when they are asked for."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Any:
+        return tuple(tensor[index] for tensor in images().tensors)
+
+
+@pytest.mark.parametrize("made", ["tensors", "samples", "loader"])
+def test_samples_are_gone_while_the_suffix_trains(made: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halfway through the model a batch's samples are of no more use, and often larger than what they have become."""
+    monkeypatch.setattr("lehr.run.sampler._CHUNK", 1)  # a batch of tensors at a time, as of large ones
+    drawn: list[weakref.ref[torch.Tensor]] = []
+    held, through = list[int](), Shortcut._through
+
+    def looked(self: Shortcut, given: Drawn) -> Any:
+        if given.missing.any():
+            drawn.append(weakref.ref(given.batch[0]))
+        return through(self, given)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        if isinstance(model, StandIn):
+            held.append(sum(reference() is not None for reference in drawn))
+        return functional.cross_entropy(model(batch[0]), batch[1])
+
+    monkeypatch.setattr(Shortcut, "_through", looked)
+    own = {"tensors": images(), "samples": Weighed(), "loader": DataLoader(images(), batch_size=8)}
+    assert ran(recipe(), train=own[made], valid=None, loss=loss).cached
+    assert len(drawn) == 3
+    assert set(held[-6:]) == {0}
+    assert held.count(0) > 6
 
 
 class Zeroing(Net):

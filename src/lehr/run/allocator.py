@@ -27,6 +27,8 @@ _PROBED = 2 << 20
 """Bytes by which it is measured what a page costs that is fetched again (1.2 us in one virtual machine, 2.6 to 3.3 in another)."""
 _SHARE = 0.05
 """Of the time, what may go into giving pages back and fetching them again."""
+_NOTHING = (1 << 20) // mmap.PAGESIZE
+"""Pages more that are not worth giving anything back."""
 _KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER}
 _SPARING = {_MMAP_MAX: 1 << 16, _MMAP_THRESHOLD: 1 << 17, _TRIM_THRESHOLD: 1 << 17}  # glibc's first settings
 _OTHERS = ("jemalloc", "tcmalloc", "mimalloc", "hoard", "scalloc")
@@ -88,23 +90,23 @@ class Ceiling:
     """
 
     def __init__(self, device: str) -> None:
-        self._is_of_use = device == "cpu"
+        self._is_of_use = bool(device == "cpu" and _TUNED)
         self._fetching = _fetching() if self._is_of_use else 0.0
         self._highest = 0
         self._not_before = 0.0
 
     def allow(self) -> None:
         """Give back what lies free; what there is now may be there again."""
-        if _TUNED and self._is_of_use and time.monotonic() >= self._not_before:
+        if self._is_of_use and time.monotonic() >= self._not_before:
             now = _resident()
             self._highest = max(self._highest, now)
             self._give_back(now)
 
     def hold(self) -> None:
         """Give back what lies free if there is more than there was."""
-        if _TUNED and self._highest and time.monotonic() >= self._not_before:
+        if self._highest and time.monotonic() >= self._not_before:
             now = _resident()
-            if now > self._highest:
+            if now > self._highest + _NOTHING:
                 self._give_back(now)
 
     def _give_back(self, now: int) -> None:
@@ -116,18 +118,18 @@ class Ceiling:
 
 @cache
 def _fetching() -> float:
-    """Seconds to fetch a page from the system: what filling new memory takes longer than filling it again; the least of three."""
-    times = []
+    """Seconds to fetch a page from the system: what filling new memory takes longer than filling it again, of three times the least."""
+    new, again = [], []
     for _ in range(3):
-        with mmap.mmap(-1, _PROBED) as memory:
-            block = (ctypes.c_char * _PROBED).from_buffer(memory)
-            began = time.perf_counter()
-            ctypes.memset(block, 1, _PROBED)
-            fetched = time.perf_counter()
-            ctypes.memset(block, 2, _PROBED)
-            times.append(2 * fetched - began - time.perf_counter())
-            del block
-    return max(0.0, min(times)) * mmap.PAGESIZE / _PROBED
+        memory = mmap.mmap(-1, _PROBED, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block = (ctypes.c_char * _PROBED).from_buffer(memory)
+        began = time.perf_counter()
+        ctypes.memset(block, 1, _PROBED)
+        filled = time.perf_counter()
+        ctypes.memset(block, 2, _PROBED)
+        new.append(filled - began)
+        again.append(time.perf_counter() - filled)
+    return max(0.0, min(new) - min(again)) * mmap.PAGESIZE / _PROBED
 
 
 def _resident() -> int:

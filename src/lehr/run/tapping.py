@@ -68,10 +68,13 @@ class Tap:
             self._beside, self._is_watched = self._copy(watched=bool(watch)), bool(watch)
         batches = self._begun(self._beside)
         handed_out = self._recorder.handed_out
+
+        def indexed(batch: Any) -> tuple[torch.Tensor, Any]:
+            return _as_indices(handed_out.popleft()), batch
+
         if watch is None:
-            return ((_as_indices(handed_out.popleft()), batch) for batch in batches)
-        told = partial(unmarked, self._loader.dataset, watch)
-        return ((_as_indices(handed_out.popleft()), told(batch)) for batch in batches)
+            return map(indexed, batches)
+        return map(indexed, map(partial(unmarked, self._loader.dataset, watch), batches))
 
     def only_indices(self) -> Iterator[torch.Tensor]:
         """The indices of each batch of the next epoch."""

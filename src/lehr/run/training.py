@@ -203,9 +203,8 @@ class Training:
         while self.step < (end := min(stop, self.plan.stages[self.stage].stop)):
             plan, before = self.plan, self.step
             for step in plan.steps(self.step, end, plan.stages[self.stage]):
-                window = next(
-                    windows, None
-                )  # and not zip, which holds on to every other pair for a step more
+                # Not by zip, which holds on to every other pair for a step more.
+                window = next(windows, None)
                 if window is None:
                     return
                 yield step, window

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from importlib import metadata
-from itertools import islice
+from itertools import islice, starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -180,11 +180,14 @@ class Shortcut:
         if self._store is not None and 2 * int(self._store.filled.sum()) >= self.samples:
             for indices in self.feed.only_indices():
                 missing = self._missing(indices)
-                few = self.feed.made_here(indices[missing], watch=self._watch) if missing.any() else None
-                yield Drawn(indices, missing, few)
+                few = [self.feed.made_here(indices[missing], watch=self._watch)] if missing.any() else [None]
+                yield Drawn(indices, missing, few.pop())
         else:
-            for indices, batch in self.feed.tapped(self._watch):
-                yield Drawn(indices, torch.full((len(indices),), bool(self._missing(indices).any())), batch)
+            yield from starmap(self._whole, self.feed.tapped(self._watch))
+
+    def _whole(self, indices: torch.Tensor, batch: Any) -> Drawn:
+        """A batch of a person's own loader: all of it is missing, or nothing."""
+        return Drawn(indices, torch.full((len(indices),), bool(self._missing(indices).any())), batch)
 
     @property
     def _watch(self) -> Callable[[str], None] | None:
