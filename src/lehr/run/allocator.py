@@ -24,7 +24,8 @@ TURNED_OFF_BY = "LEHR_MALLOC"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_TRIM_THRESHOLD and so on: malloc.h
 _NEVER = 2**31 - 1  # bytes that may lie free at the top of the heap: a C int
 _PROBED = 2 << 20
-"""Bytes by which it is measured what a page costs that is fetched again (1.2 us in one virtual machine, 2.6 to 3.3 in another)."""
+"""Bytes by which it is measured what a page costs that is fetched again (1.4 us in one virtual machine; by 200 MiB of
+the heap, 1.2 there and 2.6 to 3.3 in another)."""
 _SHARE = 0.05
 """Of the time, what may go into giving pages back and fetching them again."""
 _NOTHING = (1 << 20) // mmap.PAGESIZE

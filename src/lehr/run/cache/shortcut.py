@@ -173,15 +173,18 @@ class Shortcut:
             began = self.clock.now()
             drawn = [Drawn(of_batch, m, next(loaded) if m.any() else None)]
             self.clock.loaded(since=began)
-            yield drawn.pop()
+            yield drawn.pop()  # held by nobody but who has asked for it
 
     def _theirs(self) -> Iterator[Drawn]:
         """The batches of a person's own loader; as indices alone when most are there already."""
         if self._store is not None and 2 * int(self._store.filled.sum()) >= self.samples:
             for indices in self.feed.only_indices():
                 missing = self._missing(indices)
-                few = [self.feed.made_here(indices[missing], watch=self._watch)] if missing.any() else [None]
-                yield Drawn(indices, missing, few.pop())
+                yield Drawn(
+                    indices,
+                    missing,
+                    self.feed.made_here(indices[missing], watch=self._watch) if missing.any() else None,
+                )
         else:
             yield from starmap(self._whole, self.feed.tapped(self._watch))
 
